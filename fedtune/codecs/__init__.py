@@ -1,0 +1,1 @@
+"""Codecs: arrays to bytes and back, pure functions without I/O."""

@@ -1,0 +1,102 @@
+"""TOML to `Config`: all faults are reported together, each with its key, its value and what would be right."""
+
+import difflib
+import tomllib
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from fedtune.config.schema import Config
+from fedtune.errors import ConfigError
+from fedtune.method import Method
+from fedtune.methods import METHODS, FLoRA
+
+
+def load(path: Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Reads a TOML file.
+
+    Args:
+        path: the file.
+        overrides: `section.key=value` in TOML syntax, as given with `--set`; a bare word is taken as a string.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or any key or value is wrong; the message lists every fault.
+    """
+    try:
+        raw = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}). `fedtune init {path}` writes one") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _override(raw, override)
+    return parse(raw, str(path))
+
+
+def parse(raw: dict[str, Any], source: str = "configuration") -> Config:
+    """Validates a nested mapping; raises ConfigError listing every fault."""
+    sections = dict(raw)
+    method, faults = _method(sections.pop("method", {}))
+    try:
+        config = TypeAdapter(Config).validate_python({**sections, "method": method})
+    except ValidationError as error:
+        faults = _faults(error, raw) + faults
+    if faults:
+        head = f"{source}: {len(faults)} fault{'s' if len(faults) > 1 else ''}"
+        raise ConfigError("\n".join([head, *(f"  {fault}" for fault in faults)]))
+    return config
+
+
+def _method(raw: Any) -> tuple[Method, list[str]]:
+    """Builds the method that `name` asks for, from its own fields."""
+    if not isinstance(raw, dict):
+        return FLoRA(), [f"method: expected a table, got {raw!r}"]
+    options = dict(raw)
+    name = options.pop("name", FLoRA.name)
+    if name not in METHODS:
+        return FLoRA(), [f"method.name: expected one of {', '.join(METHODS)}, got {name!r}"]
+    try:
+        return TypeAdapter(METHODS[name]).validate_python(options), []
+    except ValidationError as error:
+        return FLoRA(), _faults(error, {"method": raw}, "method")
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    section, dot, field = key.strip().partition(".")
+    if not (equals and dot and field):
+        raise ConfigError(f"--set {text}: expected section.key=value, such as rounds.count=5")
+    try:
+        parsed = tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    raw.setdefault(section, {})[field] = parsed
+
+
+def _faults(error: ValidationError, raw: dict[str, Any], *section: str) -> list[str]:
+    return [_fault(detail, raw, section) for detail in error.errors()]
+
+
+def _fault(detail: ErrorDetails, raw: dict[str, Any], section: tuple[str, ...]) -> str:
+    location = [*section, *(str(part) for part in detail["loc"])]
+    key = ".".join(location)
+    if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known(location[:-1], raw)
+        near = difflib.get_close_matches(location[-1], known, 1)
+        return f"{key}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[0].lower()}{message[1:]} (got {detail['input']!r})"
+
+
+def _known(section: list[str], raw: dict[str, Any]) -> list[str]:
+    """Lists the keys a section may have."""
+    if not section:
+        return [field.name for field in fields(Config)]
+    if section[0] == "method":
+        method = METHODS.get(str(raw.get("method", {}).get("name", "flora")))
+        return ["name", *(f.name for f in fields(method))] if method and is_dataclass(method) else ["name"]
+    kind = next((field.type for field in fields(Config) if field.name == section[0]), None)
+    return [f.name for f in fields(kind)] if isinstance(kind, type) and is_dataclass(kind) else []

@@ -1,0 +1,209 @@
+"""The whole configuration, section by section: each section is a frozen dataclass, named as in the TOML.
+
+What both sides must agree on (`Shared`: method, training, model, seed) is sent by the coordinator in its welcome and
+hashed; what only concerns one machine (data, device, threads, addresses, folders) stays with it.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import PlainValidator, Field
+from pydantic.dataclasses import dataclass
+
+from fedtune.method import Method
+from fedtune.methods import FLoRA
+
+Id = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$")]
+
+
+def _method(value: object) -> Method:
+    """Accepts a method that has been built; `fedtune.config.parse` builds it from `[method]`."""
+    if not isinstance(value, Method):
+        raise ValueError(f"expected a fedtune Method such as FLoRA(rank=8), got {value!r}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+class RunConfig:
+    """`[run]`: what the run is called, where its results go, and the seed of everything drawn at random."""
+
+    name: Id = "run"
+    folder: Path = Path("runs/run")
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+class ModelConfig:
+    """`[model]`: the pretrained model.
+
+    `name` is a local folder (safetensors), a hub id, or a built-in model that a package carries: see
+    `fedtune.training.models`. `dtype` is that of the weights in memory.
+    """
+
+    name: str = "smollm2-135m"
+    revision: str = ""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+class DataConfig:
+    """`[data]`: the rows to train on; which columns hold what.
+
+    Attributes:
+        name: a JSONL, CSV or Parquet file, a folder of such files, a hub data set, or a built-in data set.
+        split: split of a hub data set.
+        text: column of plain text: every token is learned.
+        prompt, response: columns of a question and its answer: only the answer is learned.
+        messages: column of chat messages (`role`, `content`): only the assistant's turns are learned.
+        template: how a prompt is put when the tokenizer has no chat template; `{prompt}` stands for the column.
+        label: column to skew by, or to report accuracy of.
+        client_key: column that says whose row it is.
+        held_out: fraction of rows kept for evaluation, when `held_out_name` names no file.
+        held_out_name: file or data set to evaluate on.
+        max_rows: at most so many rows, drawn by the seed; 0 means all.
+    """
+
+    name: str = ""
+    split: str = "train"
+    text: str = ""
+    prompt: str = ""
+    response: str = ""
+    messages: str = ""
+    template: str = "{prompt}\n"
+    label: str = ""
+    client_key: str = ""
+    held_out: float = Field(0.1, ge=0, lt=1)
+    held_out_name: str = ""
+    held_out_rows: int = Field(200, ge=1)
+    max_rows: int = Field(0, ge=0)
+
+
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+class TrainingConfig:
+    """`[training]`: what every client does in one round.
+
+    Attributes:
+        steps: optimiser steps a round; 0 means by `epochs`.
+        epochs: passes over the client's data a round, when `steps` is 0.
+        batch_size: sequences a step.
+        accumulate: parts a batch is cut into, to save memory.
+        learning_rate, weight_decay, betas, clip_norm: of AdamW; `clip_norm` 0 means no clipping.
+        schedule: `constant`, or `cosine` down to zero within a round.
+        warmup_steps: steps of linear warm-up at the start of a round.
+        max_length: tokens a sequence; longer rows are cut.
+        packing: several short rows in one sequence, kept apart by the attention mask.
+        checkpointing: recompute activations in the backward pass, to save memory.
+        autocast: bfloat16 arithmetic; `auto` where the hardware has it.
+    """
+
+    steps: int = Field(10, ge=0)
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(8, ge=1)
+    accumulate: int = Field(1, ge=1)
+    learning_rate: float = Field(5e-4, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float = Field(1.0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    max_length: int = Field(256, ge=8)
+    packing: bool = True
+    checkpointing: bool = False
+    autocast: Literal["auto", "on", "off"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+class RoundsConfig:
+    """`[rounds]`: how many rounds, and whom a round waits for.
+
+    Attributes:
+        count: rounds in the run.
+        clients: updates a round aims for; 0 means every client there is.
+        min_clients: connected clients needed before a round starts.
+        over_select: clients asked per update aimed for.
+        quorum: fraction of `clients` without which a round is not closed.
+        grace_s: seconds a round waits for the rest once the quorum is there.
+        deadline_s: seconds after which a round closes if it has its quorum, and is tried again if not.
+        attempts: tries a round gets before the run fails.
+    """
+
+    count: int = Field(3, ge=1)
+    clients: int = Field(0, ge=0)
+    min_clients: int = Field(1, ge=1)
+    over_select: float = Field(1.0, ge=1, le=4)
+    quorum: float = Field(1.0, gt=0, le=1)
+    grace_s: float = Field(30.0, ge=0)
+    deadline_s: float = Field(3600.0, gt=0)
+    attempts: int = Field(3, ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+class ServerConfig:
+    """`[server]`: where the coordinator listens.
+
+    Without `cert`, `key` and `client_ca` (PEM files) it serves only loopback addresses, unless `insecure` is true.
+    """
+
+    address: str = "127.0.0.1:7070"
+    cert: Path | None = None
+    key: Path | None = None
+    client_ca: Path | None = None
+    insecure: bool = False
+    max_update_mb: int = Field(4096, ge=1)
+    metrics_address: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+class ClientConfig:
+    """`[client]`: this client: its id, its coordinator, its rank, its machine."""
+
+    id: Id = "client"
+    address: str = "127.0.0.1:7070"
+    rank: int = Field(0, ge=0)
+    alpha: float = Field(0.0, ge=0)
+    folder: Path = Path("client")
+    device: str = "auto"
+    threads: int = Field(0, ge=0)
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    insecure: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+class SimulationConfig:
+    """`[simulation]`: how many clients to start on this machine, and how the data is dealt out.
+
+    Attributes:
+        clients: client processes.
+        ranks: rank per client; shorter lists are repeated; empty means the method's rank for all.
+        alphas: LoRA alpha per client, likewise.
+        partition: `iid`, `label` (Dirichlet over labels), `quantity` (Dirichlet over sizes), or `natural` (client_key).
+        concentration: of the Dirichlet distribution; small means skewed.
+        concurrency: clients that train at the same moment; 0 means one per core.
+        threads: arithmetic threads per client.
+    """
+
+    clients: int = Field(4, ge=1)
+    ranks: tuple[int, ...] = ()
+    alphas: tuple[float, ...] = ()
+    partition: Literal["iid", "label", "quantity", "natural"] = "iid"
+    concentration: float = Field(0.5, gt=0)
+    min_rows: int = Field(2, ge=1)
+    concurrency: int = Field(0, ge=0)
+    threads: int = Field(1, ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+class Config:
+    """Everything; `fedtune.config.load` reads it from a TOML file."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    method: Annotated[Method, PlainValidator(_method)] = Field(default_factory=FLoRA)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    rounds: RoundsConfig = Field(default_factory=RoundsConfig)
+    server: ServerConfig = Field(default_factory=ServerConfig)
+    client: ClientConfig = Field(default_factory=ClientConfig)
+    simulation: SimulationConfig = Field(default_factory=SimulationConfig)

@@ -1,0 +1,125 @@
+"""The central abstraction: a federated method is two halves and the bytes between them.
+
+    coordinator (no torch)                                             client (torch)
+    state -broadcast(since)-> Tensors == bytes ==> install, client_update -> Tensors
+      ^                                                                        |
+      '-- finish <- total <- fold <- Tensors <- decode <== bytes == encode ----'
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from fedtune.codecs import raw
+from fedtune.lora import LoraSpec
+from fedtune.tensors import Array, Manifest, Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What the coordinator knows of one client. `rank` and `alpha` of 0 mean: the method's own."""
+
+    id: str
+    rank: int = 0
+    alpha: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """The pretrained model as the coordinator sees it: names and shapes of the weights, never their values.
+
+    `transposed` says that linear weights are stored I x O (Conv1D of GPT-2); `digest` is the SHA-256 of the weights.
+    """
+
+    name: str
+    weights: Manifest
+    digest: str
+    transposed: bool = False
+
+
+class ClientJob(Protocol):
+    """What a method may ask of a client's model. Implemented with torch in `fedtune.training.job`.
+
+    `memory` is kept by the client between rounds.
+    """
+
+    member: Member
+    memory: dict[str, Array]
+
+    def merge(self, factors: Tensors) -> None:
+        """Adds B A of each layer to the base weights for good; `factors` hold `layer/A` (R, I), `layer/B` (O, R)."""
+
+    def attach(self, spec: LoraSpec, factors: Tensors) -> None:
+        """Puts a LoRA adapter with these weights beside the base, replacing the one attached before."""
+
+    def train_fresh(self, spec: LoraSpec) -> Tensors:
+        """Trains a new adapter (A drawn from the job's seed, B zero) on local data and returns its factors, float32.
+
+        The model is left as it was before.
+        """
+
+    def train_attached(self) -> Tensors:
+        """Trains the attached adapter on local data and returns its new factors, float32."""
+
+
+class Method(ABC):
+    """A federated fine-tuning method.
+
+    A subclass is a frozen dataclass of hyper-parameters: no I/O, clock, thread or global RNG. Its fields are its
+    configuration (`[method]` in the TOML) and enter the settings digest of the handshake.
+
+    Guarantees asked of a subclass: `fold` and `finish` give the same bits in whatever order clients arrive; `decode`
+    raises WireError on any bytes that are not exactly what `template` announces.
+    """
+
+    name: ClassVar[str]
+
+    # coordinator: needs no model, holds one partial sum
+    @abstractmethod
+    def init(self, base: BaseModel, seed: int) -> Tensors:
+        """Returns the shared state of version 0."""
+
+    def admit(self, member: Member) -> Member:
+        """Fills in a client's defaults; raises ProtocolError when the method cannot take this client."""
+        return member
+
+    @abstractmethod
+    def broadcast(self, state: Tensors, since: int) -> Tensors:
+        """Returns what brings a client from version `since` to `state`; `since` is -1 for a client with only the base."""
+
+    @abstractmethod
+    def fold(self, total: Any, update: Tensors, member: Member, weight: int) -> Any:
+        """Adds one update to the running total (None at first). Order must not matter."""
+
+    @abstractmethod
+    def finish(self, state: Tensors, total: Any, weight: int) -> Tensors:
+        """Returns the next version of the state from a total of summed `weight`."""
+
+    # client: works through the verbs of the job, so this file never imports torch
+    @abstractmethod
+    def install(self, job: ClientJob, received: Tensors) -> None:
+        """Brings the client's model to the version that `broadcast` described."""
+
+    @abstractmethod
+    def client_update(self, job: ClientJob, expected: Manifest) -> Tensors:
+        """Trains on local data and returns the update; `expected` is the template the coordinator issued."""
+
+    # wire: decode is the trust boundary
+    @abstractmethod
+    def template(self, state: Tensors, member: Member) -> Manifest:
+        """Returns the manifest an update of `member` must fit."""
+
+    def encode(self, update: Tensors, manifest: Manifest) -> Iterable[memoryview | bytes]:
+        """Yields the bytes of an update; `manifest` is the template the coordinator issued."""
+        return raw.encode(update, manifest)
+
+    def decode(self, payload: memoryview | bytes, state: Tensors, member: Member) -> Tensors:
+        """Reads an update; raises WireError unless it is exactly what `template` announces, and finite."""
+        return raw.decode(payload, self.template(state, member))
+
+    # use: what people take home
+    @abstractmethod
+    def export(self, state: Tensors, folder: Path, base_model: str) -> None:
+        """Writes `state` as a PEFT adapter directory."""

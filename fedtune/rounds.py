@@ -1,0 +1,112 @@
+"""One round of any method, without sockets, files or clocks.
+
+    Round.task   what a client receives        Round.add    what a client's reply does
+    work         the client's whole turn       Round.close  the next version of the state
+
+The gRPC coordinator, the simulation and the Flower strategy call exactly these, so a method written once gives the
+same bits in all of them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedtune.codecs import raw
+from fedtune.errors import RoundError, WireError, problem
+from fedtune.method import ClientJob, Member, Method
+from fedtune.tensors import Manifest, Tensors
+
+MAX_WEIGHT = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What one client needs for its turn.
+
+    `since` and `version` say which step of the state `payload` takes the client through; `update` is the manifest
+    its reply must fit.
+    """
+
+    round: int
+    since: int
+    version: int
+    broadcast: Manifest
+    payload: Tensors
+    update: Manifest
+
+
+@dataclass
+class Round:
+    """The coordinator's half of round number `number` (1, 2, ...), which turns version `number - 1` into `number`."""
+
+    method: Method
+    state: Tensors
+    number: int
+    total: Any = None
+    weight: int = 0
+    members: list[str] = field(default_factory=list)
+
+    def task(self, member: Member, since: int = -1) -> Task:
+        """Prepares the turn of a client that has version `since` of the state (-1: only the base)."""
+        version = self.number - 1
+        received = {} if since == version else dict(self.method.broadcast(self.state, since))
+        update = self.method.template(self.state, member)
+        return Task(self.number, since, version, Manifest.of(received), received, update)
+
+    def add(self, member: Member, payload: memoryview | bytes, weight: int) -> None:
+        """Checks a reply and folds it in; a bad one leaves the round as it was.
+
+        Args:
+            member: the client, as admitted.
+            payload: the encoded update.
+            weight: the client's number of training examples; all of a round together stay below 2**31.
+
+        Raises:
+            WireError: the payload or the weight breaks the contract, or this client has replied already.
+        """
+        if member.id in self.members:
+            raise WireError(problem("client", "one update a round", f"a second one from {member.id}"))
+        if not 1 <= weight <= MAX_WEIGHT - self.weight:
+            raise WireError(problem(f"weight of {member.id}", f"1 to {MAX_WEIGHT - self.weight}", weight))
+        update = self.method.decode(payload, self.state, member)
+        self.total = self.method.fold(self.total, update, member, weight)
+        self.weight += weight
+        self.members.append(member.id)
+
+    def close(self) -> Tensors:
+        """Returns the next version of the state; raises RoundError when nobody replied."""
+        if not self.members:
+            raise RoundError(problem(f"round {self.number}", "at least one update", "none"))
+        return self.method.finish(self.state, self.total, self.weight)
+
+
+def install(method: Method, task: Task, job: ClientJob, have: int) -> int:
+    """Brings a client's model from version `have` to the task's; returns the version it then holds.
+
+    Raises:
+        WireError: the task starts from a version the client does not have.
+    """
+    if have == task.version:
+        return have
+    if task.since != have:
+        raise WireError(problem("task.since", f"the version this client holds ({have})", task.since))
+    method.install(job, task.payload)
+    return task.version
+
+
+def work(method: Method, task: Task, job: ClientJob, have: int = -1) -> Iterable[memoryview | bytes]:
+    """A client's whole turn: install what came, train, encode.
+
+    Raises:
+        WireError: the task does not follow from version `have`, or training gave values that are not finite.
+    """
+    install(method, task, job, have)
+    return method.encode(method.client_update(job, task.update), task.update)
+
+
+def receive(payload: memoryview | bytes, manifest: Manifest) -> Tensors:
+    """Reads what a coordinator broadcast; raises WireError unless it is exactly `manifest`, and finite."""
+    return raw.decode(payload, manifest)
+
+
+__all__ = ["MAX_WEIGHT", "Round", "Task", "install", "receive", "work"]

@@ -1,0 +1,129 @@
+"""The one value that travels: named arrays, and the manifest that says what they must look like.
+
+A `Manifest` is issued by the coordinator and never by a client, so a receiver knows every name, shape, dtype and
+the exact number of bytes before it reads the first one.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.errors import WireError, problem
+
+Array: TypeAlias = npt.NDArray[Any]
+Tensors: TypeAlias = Mapping[str, Array]
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float64": np.dtype("<f8"),
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int64": np.dtype("<i8"),
+    "int32": np.dtype("<i4"),
+    "uint8": np.dtype("u1"),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LEAF, _ROOT = b"fedtune/tensor/v1\0", b"fedtune/tensors/v1\0"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, shape and dtype (a key of `DTYPES`) of one array."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the array in bytes."""
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bag of tensors must look like: the specs in the order in which the bytes travel."""
+
+    specs: tuple[TensorSpec, ...]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Total size of the payload in bytes."""
+        return sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def names(self) -> list[str]:
+        """Names in wire order."""
+        return [spec.name for spec in self.specs]
+
+    @classmethod
+    def of(cls, tensors: Tensors) -> "Manifest":
+        """Describes `tensors` in their own order."""
+        return cls(tuple(TensorSpec(name, array.shape, dtype_name(array)) for name, array in tensors.items()))
+
+
+def dtype_name(array: Array) -> str:
+    """Names the dtype of `array`; raises WireError when fedtune does not carry it."""
+    name = _NAMES.get(array.dtype)
+    if name is None:
+        raise WireError(problem("dtype", f"one of {', '.join(DTYPES)}", array.dtype))
+    return name
+
+
+def check(tensors: Tensors, manifest: Manifest, what: str = "tensors") -> None:
+    """Raises WireError unless names, order, shapes and dtypes are the manifest's and every value is finite."""
+    if list(tensors) != manifest.names:
+        odd = sorted(set(tensors) ^ set(manifest.names))[:3] or "another order"
+        raise WireError(problem(f"{what}: names", f"the {len(manifest.specs)} of the manifest", odd))
+    for spec in manifest.specs:
+        array = tensors[spec.name]
+        if array.shape != spec.shape:
+            raise WireError(problem(f"{what}: shape of {spec.name}", spec.shape, array.shape))
+        if array.dtype != DTYPES[spec.dtype]:
+            raise WireError(problem(f"{what}: dtype of {spec.name}", spec.dtype, array.dtype))
+        check_finite(array, f"{what}: {spec.name}")
+
+
+def check_finite(array: Array, name: str) -> None:
+    """Raises WireError, naming the first bad position, when `array` holds NaN or an infinity."""
+    if array.dtype.kind in "iub":
+        return
+    finite = np.isfinite(array)
+    if not finite.all():
+        at = tuple(int(i) for i in np.argwhere(~finite)[0])
+        raise WireError(problem(name, "finite values", f"{float(array[at])} at {at}"))
+
+
+def leaf_digest(name: str, array: Array) -> bytes:
+    """SHA-256 of one named array: name, dtype, shape and little-endian bytes (32 bytes)."""
+    head = name.encode()
+    shape = struct.pack(f"<{1 + array.ndim}Q", array.ndim, *array.shape)
+    sha = hashlib.sha256(_LEAF + struct.pack("<Q", len(head)) + head + dtype_name(array).encode() + b"\0" + shape)
+    sha.update(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+    return sha.digest()
+
+
+def root_digest(leaves: Iterable[bytes]) -> str:
+    """SHA-256 over leaf digests given in the order of their tensors' names (64 hex digits)."""
+    return hashlib.sha256(_ROOT + b"".join(leaves)).hexdigest()
+
+
+def digest(tensors: Tensors, threads: int = 1) -> str:
+    """SHA-256 of a whole bag, whatever the order of its names (64 hex digits).
+
+    Guarantees: a function of names, dtypes, shapes and values alone; the same on every machine and for any `threads`.
+    """
+    names = sorted(tensors)
+    if threads == 1:
+        return root_digest(leaf_digest(name, tensors[name]) for name in names)
+    with ThreadPoolExecutor(threads) as pool:
+        return root_digest(pool.map(lambda name: leaf_digest(name, tensors[name]), names))
