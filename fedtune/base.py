@@ -19,7 +19,15 @@ from fedtune.method import BaseModel
 from fedtune.tensors import Manifest, TensorSpec, root_digest
 
 _MAX_HEADER = 100 * 2**20
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "U8": "uint8"}
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "U8": "uint8",
+}
 _CONV1D = ("gpt2", "openai-gpt")
 # Checkpoints whose names lack the prefix that the loaded model has.
 _PREFIX = {"gpt2": "transformer."}
@@ -48,7 +56,14 @@ def open_base(folder: Path, name: str = "") -> BaseModel:
     config = _config(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ModelError(problem(str(folder), "*.safetensors files", "none", "Other formats: convert with transformers' save_pretrained"))
+        raise ModelError(
+            problem(
+                str(folder),
+                "*.safetensors files",
+                "none",
+                "Other formats: convert with transformers' save_pretrained",
+            )
+        )
     entries = {entry.spec.name: entry for file in files for entry in _entries(file)}
     prefix = _PREFIX.get(config.get("model_type", ""), "")
     lacks = prefix and not any(entry.startswith(prefix) for entry in entries)
@@ -92,7 +107,10 @@ def _leaf(entry: _Entry) -> bytes:
     head = f"{entry.spec.name}\0{entry.spec.dtype}\0{entry.spec.shape}\0".encode()
     sha = hashlib.sha256(head)
     if entry.end > entry.start:
-        with entry.file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            with memoryview(view) as data:
-                sha.update(data[entry.start : entry.end])
+        with (
+            entry.file.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view,
+            memoryview(view) as data,
+        ):
+            sha.update(data[entry.start : entry.end])
     return sha.digest()

@@ -78,14 +78,18 @@ def find_layers(base: Manifest, targets: Sequence[str], transposed: bool = False
     Raises:
         ConfigError: a target matches no two-dimensional weight.
     """
-    linear = {s.name.removesuffix(".weight"): s.shape for s in base.specs if len(s.shape) == 2 and s.name.endswith(".weight")}
+    linear = {
+        s.name.removesuffix(".weight"): s.shape for s in base.specs if len(s.shape) == 2 and s.name.endswith(".weight")
+    }
     if ALL_LINEAR in targets:
         found = {n: s for n, s in linear.items() if not any(word in n.rsplit(".", 1)[-1] for word in _NOT_LINEAR)}
     else:
         for target in targets:
             if not any(_matches(name, target) for name in linear):
                 choices = sorted({name.rsplit(".", 1)[-1] for name in linear})
-                raise ConfigError(problem("method.target_modules", f"names among {choices} or {ALL_LINEAR}", repr(target)))
+                raise ConfigError(
+                    problem("method.target_modules", f"names among {choices} or {ALL_LINEAR}", repr(target))
+                )
         found = {n: s for n, s in linear.items() if any(_matches(n, target) for target in targets)}
     if not found:
         raise ConfigError(problem("method.target_modules", "at least one linear layer of the base", list(targets)))
@@ -102,7 +106,9 @@ def kaiming_uniform(rng: np.random.Generator, rank: int, inputs: int) -> npt.NDA
     return rng.uniform(-bound, bound, (rank, inputs)).astype(np.float32)
 
 
-def save_peft(folder: Path, factors: Tensors, *, rank: int, alpha: float, rslora: bool = False, base_model: str = "") -> None:
+def save_peft(
+    folder: Path, factors: Tensors, *, rank: int, alpha: float, rslora: bool = False, base_model: str = ""
+) -> None:
     """Writes `factors` (`layer/A`, `layer/B`) as a PEFT adapter directory, without torch.
 
     Layers whose rank is not `rank` go into PEFT's `rank_pattern`; layers of rank 0 are left out.

@@ -1,9 +1,9 @@
 """The central abstraction: a federated method is two halves and the bytes between them.
 
-    coordinator (no torch)                                             client (torch)
-    state -broadcast(since)-> Tensors == bytes ==> install, client_update -> Tensors
-      ^                                                                        |
-      '-- finish <- total <- fold <- Tensors <- decode <== bytes == encode ----'
+coordinator (no torch)                                             client (torch)
+state -broadcast(since)-> Tensors == bytes ==> install, client_update -> Tensors
+  ^                                                                        |
+  '-- finish <- total <- fold <- Tensors <- decode <== bytes == encode ----'
 """
 
 from abc import ABC, abstractmethod
@@ -87,7 +87,7 @@ class Method(ABC):
 
     @abstractmethod
     def broadcast(self, state: Tensors, since: int) -> Tensors:
-        """Returns what brings a client from version `since` to `state`; `since` is -1 for a client with only the base."""
+        """Returns what brings a client from version `since` to `state`; -1 is a client with only the base."""
 
     @abstractmethod
     def fold(self, total: Any, update: Tensors, member: Member, weight: int) -> Any:

@@ -7,6 +7,7 @@ The gRPC coordinator, the simulation and the Flower strategy call exactly these,
 same bits in all of them.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from fedtune.codecs import raw
 from fedtune.errors import RoundError, WireError, problem
 from fedtune.method import ClientJob, Member, Method
-from fedtune.tensors import Manifest, Tensors
+from fedtune.tensors import Manifest, Tensors, leaf_digest, root_digest
 
 MAX_WEIGHT = 2**31 - 1
 
@@ -80,28 +81,47 @@ class Round:
         return self.method.finish(self.state, self.total, self.weight)
 
 
-def install(method: Method, task: Task, job: ClientJob, have: int) -> int:
-    """Brings a client's model from version `have` to the task's; returns the version it then holds.
+@dataclass
+class Replica:
+    """A client's half: which version its model holds, and the digest of every part of the state it has received."""
 
-    Raises:
-        WireError: the task starts from a version the client does not have.
-    """
-    if have == task.version:
-        return have
-    if task.since != have:
-        raise WireError(problem("task.since", f"the version this client holds ({have})", task.since))
-    method.install(job, task.payload)
-    return task.version
+    version: int = -1
+    leaves: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the shared state this replica was brought to; equals `tensors.digest` of the coordinator's."""
+        return root_digest(self.leaves[name] for name in sorted(self.leaves))
+
+    def install(self, method: Method, task: Task, job: ClientJob) -> None:
+        """Brings the client's model to the task's version.
+
+        Raises:
+            WireError: the task starts from a version this replica does not hold.
+        """
+        if self.version == task.version:
+            return
+        if task.since != self.version:
+            raise WireError(problem("task.since", f"the version this client holds ({self.version})", task.since))
+        method.install(job, task.payload)
+        self.leaves.update({name: leaf_digest(name, array) for name, array in task.payload.items()})
+        self.version = task.version
 
 
-def work(method: Method, task: Task, job: ClientJob, have: int = -1) -> Iterable[memoryview | bytes]:
+def work(method: Method, task: Task, job: ClientJob, replica: Replica) -> Iterable[memoryview | bytes]:
     """A client's whole turn: install what came, train, encode.
 
     Raises:
-        WireError: the task does not follow from version `have`, or training gave values that are not finite.
+        WireError: the task does not follow from what `replica` holds, or training gave values that are not finite.
     """
-    install(method, task, job, have)
+    replica.install(method, task, job)
     return method.encode(method.client_update(job, task.update), task.update)
+
+
+def job_seed(seed: int, round_number: int, client: str) -> int:
+    """Seed of everything one client draws in one round: 63 bits of SHA-256 over run seed, round and client id."""
+    text = f"fedtune/job/v1 {seed} {round_number} {client}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def receive(payload: memoryview | bytes, manifest: Manifest) -> Tensors:
@@ -109,4 +129,4 @@ def receive(payload: memoryview | bytes, manifest: Manifest) -> Tensors:
     return raw.decode(payload, manifest)
 
 
-__all__ = ["MAX_WEIGHT", "Round", "Task", "install", "receive", "work"]
+__all__ = ["MAX_WEIGHT", "Replica", "Round", "Task", "job_seed", "receive", "work"]

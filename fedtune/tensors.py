@@ -108,8 +108,13 @@ def leaf_digest(name: str, array: Array) -> bytes:
     head = name.encode()
     shape = struct.pack(f"<{1 + array.ndim}Q", array.ndim, *array.shape)
     sha = hashlib.sha256(_LEAF + struct.pack("<Q", len(head)) + head + dtype_name(array).encode() + b"\0" + shape)
-    sha.update(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+    sha.update(as_bytes(array))
     return sha.digest()
+
+
+def as_bytes(array: Array) -> memoryview:
+    """Returns the bytes of `array` in C order; a view where it is contiguous already."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def root_digest(leaves: Iterable[bytes]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fedtune.errors import WireError, problem
-from fedtune.tensors import DTYPES, Array, Manifest, Tensors, check, check_finite
+from fedtune.tensors import DTYPES, Array, Manifest, Tensors, as_bytes, check, check_finite
 
 
 def encode(tensors: Tensors, manifest: Manifest) -> Iterator[memoryview]:
@@ -20,7 +20,7 @@ def encode(tensors: Tensors, manifest: Manifest) -> Iterator[memoryview]:
     """
     check(tensors, manifest, "update")
     for spec in manifest.specs:
-        yield memoryview(np.ascontiguousarray(tensors[spec.name]).reshape(-1).view(np.uint8))
+        yield as_bytes(tensors[spec.name])
 
 
 def decode(payload: memoryview | bytes, manifest: Manifest) -> dict[str, Array]:

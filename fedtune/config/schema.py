@@ -7,7 +7,7 @@ hashed; what only concerns one machine (data, device, threads, addresses, folder
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import PlainValidator, Field
+from pydantic import Field, PlainValidator
 from pydantic.dataclasses import dataclass
 
 from fedtune.method import Method
@@ -29,7 +29,7 @@ class RunConfig:
 
     name: Id = "run"
     folder: Path = Path("runs/run")
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
@@ -72,10 +72,10 @@ class DataConfig:
     template: str = "{prompt}\n"
     label: str = ""
     client_key: str = ""
-    held_out: float = Field(0.1, ge=0, lt=1)
+    held_out: float = Field(default=0.1, ge=0, lt=1)
     held_out_name: str = ""
-    held_out_rows: int = Field(200, ge=1)
-    max_rows: int = Field(0, ge=0)
+    held_out_rows: int = Field(default=200, ge=1)
+    max_rows: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
@@ -96,17 +96,17 @@ class TrainingConfig:
         autocast: bfloat16 arithmetic; `auto` where the hardware has it.
     """
 
-    steps: int = Field(10, ge=0)
-    epochs: int = Field(1, ge=1)
-    batch_size: int = Field(8, ge=1)
-    accumulate: int = Field(1, ge=1)
-    learning_rate: float = Field(5e-4, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    steps: int = Field(default=10, ge=0)
+    epochs: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=5e-4, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float = Field(1.0, ge=0)
+    clip_norm: float = Field(default=1.0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    max_length: int = Field(256, ge=8)
+    warmup_steps: int = Field(default=0, ge=0)
+    max_length: int = Field(default=256, ge=8)
     packing: bool = True
     checkpointing: bool = False
     autocast: Literal["auto", "on", "off"] = "auto"
@@ -127,14 +127,14 @@ class RoundsConfig:
         attempts: tries a round gets before the run fails.
     """
 
-    count: int = Field(3, ge=1)
-    clients: int = Field(0, ge=0)
-    min_clients: int = Field(1, ge=1)
-    over_select: float = Field(1.0, ge=1, le=4)
-    quorum: float = Field(1.0, gt=0, le=1)
-    grace_s: float = Field(30.0, ge=0)
-    deadline_s: float = Field(3600.0, gt=0)
-    attempts: int = Field(3, ge=1)
+    count: int = Field(default=3, ge=1)
+    clients: int = Field(default=0, ge=0)
+    min_clients: int = Field(default=1, ge=1)
+    over_select: float = Field(default=1.0, ge=1, le=4)
+    quorum: float = Field(default=1.0, gt=0, le=1)
+    grace_s: float = Field(default=30.0, ge=0)
+    deadline_s: float = Field(default=3600.0, gt=0)
+    attempts: int = Field(default=3, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
@@ -149,7 +149,7 @@ class ServerConfig:
     key: Path | None = None
     client_ca: Path | None = None
     insecure: bool = False
-    max_update_mb: int = Field(4096, ge=1)
+    max_update_mb: int = Field(default=4096, ge=1)
     metrics_address: str = ""
 
 
@@ -159,11 +159,11 @@ class ClientConfig:
 
     id: Id = "client"
     address: str = "127.0.0.1:7070"
-    rank: int = Field(0, ge=0)
-    alpha: float = Field(0.0, ge=0)
+    rank: int = Field(default=0, ge=0)
+    alpha: float = Field(default=0.0, ge=0)
     folder: Path = Path("client")
     device: str = "auto"
-    threads: int = Field(0, ge=0)
+    threads: int = Field(default=0, ge=0)
     ca: Path | None = None
     cert: Path | None = None
     key: Path | None = None
@@ -184,26 +184,26 @@ class SimulationConfig:
         threads: arithmetic threads per client.
     """
 
-    clients: int = Field(4, ge=1)
+    clients: int = Field(default=4, ge=1)
     ranks: tuple[int, ...] = ()
     alphas: tuple[float, ...] = ()
     partition: Literal["iid", "label", "quantity", "natural"] = "iid"
-    concentration: float = Field(0.5, gt=0)
-    min_rows: int = Field(2, ge=1)
-    concurrency: int = Field(0, ge=0)
-    threads: int = Field(1, ge=1)
+    concentration: float = Field(default=0.5, gt=0)
+    min_rows: int = Field(default=2, ge=1)
+    concurrency: int = Field(default=0, ge=0)
+    threads: int = Field(default=1, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
 class Config:
     """Everything; `fedtune.config.load` reads it from a TOML file."""
 
-    run: RunConfig = Field(default_factory=RunConfig)
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    data: DataConfig = Field(default_factory=DataConfig)
-    method: Annotated[Method, PlainValidator(_method)] = Field(default_factory=FLoRA)
-    training: TrainingConfig = Field(default_factory=TrainingConfig)
-    rounds: RoundsConfig = Field(default_factory=RoundsConfig)
-    server: ServerConfig = Field(default_factory=ServerConfig)
-    client: ClientConfig = Field(default_factory=ClientConfig)
-    simulation: SimulationConfig = Field(default_factory=SimulationConfig)
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    method: Annotated[Method, PlainValidator(_method)] = FLoRA()
+    training: TrainingConfig = TrainingConfig()
+    rounds: RoundsConfig = RoundsConfig()
+    server: ServerConfig = ServerConfig()
+    client: ClientConfig = ClientConfig()
+    simulation: SimulationConfig = SimulationConfig()

@@ -36,8 +36,8 @@ class Shared:
         # asdict() of a pydantic dataclass is plain data; the model's local path is not shared, only its name.
         sections = {
             "method": {"name": self.method.name, **asdict(self.method)},  # type: ignore[call-overload]  # methods are dataclasses
-            "training": asdict(self.training),  # type: ignore[call-overload]
-            "model": asdict(self.model),  # type: ignore[call-overload]
+            "training": asdict(self.training),
+            "model": asdict(self.model),
             "seed": self.seed,
         }
         return json.dumps(sections, sort_keys=True, separators=(",", ":"))

@@ -37,10 +37,10 @@ class FedAvgLoRA(Method):
 
     name: ClassVar[str] = "fedavg-lora"
 
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(0.0, ge=0)
-    target_modules: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=0.0, ge=0)
+    target_modules: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     rslora: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -56,7 +56,10 @@ class FedAvgLoRA(Method):
     def admit(self, member: Member) -> Member:
         """Takes only clients of the shared rank and alpha."""
         if member.rank not in (0, self.rank) or member.alpha not in (0, self._alpha):
-            want, got = f"rank {self.rank} and alpha {self._alpha:g}", f"rank {member.rank} and alpha {member.alpha:g}"
+            want, got = (
+                f"rank {self.rank} and alpha {self._alpha:g}",
+                f"rank {member.rank} and alpha {member.alpha:g}",
+            )
             remedy = "Averaging A and B needs equal shapes; method.name = 'flora' takes any mix"
             raise ProtocolError(problem(f"client {member.id}", want, got, remedy))
         return Member(member.id, self.rank, self._alpha)
@@ -68,7 +71,7 @@ class FedAvgLoRA(Method):
     def fold(self, total: Total | None, update: Tensors, member: Member, weight: int) -> Total:
         """Adds weight * A and weight * B as integers."""
         return {
-            name: exact.add(total and total[name], array, weight, f"{name} of {member.id}")
+            name: exact.add(total[name] if total else None, array, weight, f"{name} of {member.id}")
             for name, array in update.items()
         }
 

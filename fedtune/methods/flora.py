@@ -42,11 +42,11 @@ class FLoRA(Method):
 
     name: ClassVar[str] = "flora"
 
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(0.0, ge=0)
-    max_rank: int = Field(256, ge=1)
-    target_modules: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=0.0, ge=0)
+    max_rank: int = Field(default=256, ge=1)
+    target_modules: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     rslora: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -67,8 +67,8 @@ class FLoRA(Method):
         return Member(member.id, rank, member.alpha or self.alpha or 2.0 * rank)
 
     def broadcast(self, state: Tensors, since: int) -> Tensors:
-        """Sends the stacks of the rounds after `since`."""
-        return {name: array for name, array in state.items() if int(name[:6]) > max(since, 0)}
+        """Sends the stacks of the rounds after `since`; the first time with the empty ones of version 0."""
+        return {name: array for name, array in state.items() if int(name[:6]) > since}
 
     def fold(self, total: Fold | None, update: Tensors, member: Member, weight: int) -> Fold:
         """Keeps the factors under the client's id: a stack is as large as what it is made of."""
@@ -87,7 +87,7 @@ class FLoRA(Method):
 
     def install(self, job: ClientJob, received: Tensors) -> None:
         """Merges each missed round into the base weights, in order."""
-        for name in sorted({name[:6] for name in received}):
+        for name in sorted({name[:6] for name in received} - {_round(0)}):
             job.merge({key[7:]: array for key, array in received.items() if key[:6] == name})
 
     def client_update(self, job: ClientJob, expected: Manifest) -> Tensors:
@@ -100,7 +100,10 @@ class FLoRA(Method):
         """Expects A of (r_k, I) and B of (O, r_k) for every layer."""
         specs = []
         for layer in layers_of([name[7:] for name in state if name[:6] == _round(0)]):
-            inputs, outputs = state[f"{_round(0)}/{key_a(layer)}"].shape[1], state[f"{_round(0)}/{key_b(layer)}"].shape[0]
+            inputs, outputs = (
+                state[f"{_round(0)}/{key_a(layer)}"].shape[1],
+                state[f"{_round(0)}/{key_b(layer)}"].shape[0],
+            )
             specs.append(TensorSpec(key_a(layer), (member.rank, inputs), self.dtype))
             specs.append(TensorSpec(key_b(layer), (outputs, member.rank), self.dtype))
         return Manifest(tuple(specs))

@@ -1,0 +1,99 @@
+"""A model small enough to test with, and a worker that trains without torch: real protocol, toy arithmetic.
+
+`ToyWorker` stands where `fedtune.training.worker.TorchWorker` stands. Its "training" draws factors from a generator
+keyed by seed, round and client, so every runtime must reproduce the same bits, and rounds cost next to nothing.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from fedtune.base import open_base
+from fedtune.lora import LoraSpec, key_a, key_b, layers_of
+from fedtune.method import Member, Method
+from fedtune.rounds import job_seed
+from fedtune.tensors import Array, Tensors
+
+
+def toy_base(folder: Path, *, layers: int = 2, width: int = 16, seed: int = 0) -> Path:
+    """Writes a model folder with `q_proj` (width x width) and `v_proj` (width/2 x width) in each layer; returns it."""
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    weights = {}
+    for i in range(layers):
+        weights[f"model.layers.{i}.self_attn.q_proj.weight"] = rng.normal(size=(width, width)).astype(np.float32)
+        weights[f"model.layers.{i}.self_attn.v_proj.weight"] = rng.normal(size=(width // 2, width)).astype(np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return folder
+
+
+class ToyJob:
+    """A ClientJob on numpy arrays: merging and attaching are real, training is a seeded draw."""
+
+    def __init__(self, worker: "ToyWorker", member: Member, seed: int) -> None:
+        self.member = member
+        self.memory: dict[str, Array] = {}
+        self._worker = worker
+        self._seed = seed
+
+    def merge(self, factors: Tensors) -> None:
+        """Adds B A to the base weights."""
+        for layer in layers_of(factors):
+            product = factors[key_b(layer)].astype(np.float32) @ factors[key_a(layer)].astype(np.float32)
+            self._worker.weights[f"{layer}.weight"] = self._worker.weights[f"{layer}.weight"] + product
+
+    def attach(self, spec: LoraSpec, factors: Tensors) -> None:
+        """Remembers the adapter."""
+        self._worker.attached = (spec, {name: np.array(array, np.float32) for name, array in factors.items()})
+
+    def train_fresh(self, spec: LoraSpec) -> Tensors:
+        """Draws both factors."""
+        rng = np.random.Generator(np.random.Philox(key=self._seed))
+        factors: dict[str, Array] = {}
+        for layer in spec.layers:
+            outputs, inputs = self._worker.weights[f"{layer}.weight"].shape
+            factors[key_a(layer)] = rng.normal(0, 0.1, (spec.rank, inputs)).astype(np.float32)
+            factors[key_b(layer)] = rng.normal(0, 0.1, (outputs, spec.rank)).astype(np.float32)
+        self._worker.report(self.member)
+        return factors
+
+    def train_attached(self) -> Tensors:
+        """Adds a draw to the attached adapter."""
+        rng = np.random.Generator(np.random.Philox(key=self._seed))
+        _, factors = self._worker.attached
+        self._worker.report(self.member)
+        return {n: a + rng.normal(0, 0.1, a.shape).astype(np.float32) for n, a in factors.items()}
+
+
+class ToyWorker:
+    """A client's model without torch."""
+
+    def __init__(
+        self, folder: Path, seed: int = 0, examples: int = 10, delay: Callable[[], None] | None = None
+    ) -> None:
+        base = open_base(folder)
+        self.base_digest = base.digest
+        self.examples = examples
+        self.weights: dict[str, Array] = {}
+        self.attached: tuple[LoraSpec, dict[str, Array]]
+        self.metrics: dict[str, float] = {}
+        self._folder, self._seed, self._delay = folder, seed, delay
+        self.reset()
+
+    def reset(self) -> None:
+        """Goes back to the base weights."""
+        self.weights = dict(load_file(self._folder / "model.safetensors"))
+
+    def job(self, method: Method, member: Member, round_number: int) -> ToyJob:
+        """Starts one round's turn."""
+        return ToyJob(self, member, job_seed(self._seed, round_number, member.id))
+
+    def report(self, member: Member) -> None:
+        """Sets metrics as training would."""
+        if self._delay:
+            self._delay()
+        self.metrics = {"loss": 1.0 / (1 + len(member.id)), "steps": 1.0}
