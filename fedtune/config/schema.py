@@ -25,7 +25,13 @@ def _method(value: object) -> Method:
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
 class RunConfig:
-    """`[run]`: what the run is called, where its results go, and the seed of everything drawn at random."""
+    """`[run]`: what the run is called, where its results go, and the seed of everything drawn at random.
+
+    Attributes:
+        name: what the run is called: small letters, digits and hyphens.
+        folder: where its results and its log go; starting again in the same folder continues the run.
+        seed: of everything that is drawn at random.
+    """
 
     name: Id = "run"
     folder: Path = Path("runs/run")
@@ -36,8 +42,10 @@ class RunConfig:
 class ModelConfig:
     """`[model]`: the pretrained model.
 
-    `name` is a local folder (safetensors), a hub id, or a built-in model that a package carries: see
-    `fedtune.training.models`. `dtype` is that of the weights in memory.
+    Attributes:
+        name: a local folder (safetensors), a hub id, or a built-in model: `smollm2-135m`, or `tiny` for tests.
+        revision: branch, tag or commit of a hub model.
+        dtype: of the weights in memory: `float32` or `bfloat16`.
     """
 
     name: str = "smollm2-135m"
@@ -60,6 +68,7 @@ class DataConfig:
         client_key: column that says whose row it is.
         held_out: fraction of rows kept for evaluation, when `held_out_name` names no file.
         held_out_name: file or data set to evaluate on.
+        held_out_rows: at most so many rows are evaluated on.
         max_rows: at most so many rows, drawn by the seed; 0 means all.
     """
 
@@ -142,6 +151,14 @@ class ServerConfig:
     """`[server]`: where the coordinator listens.
 
     Without `cert`, `key` and `client_ca` (PEM files) it serves only loopback addresses, unless `insecure` is true.
+
+    Attributes:
+        address: host and port to listen on; port 0 takes a free one and keeps it.
+        cert, key: the coordinator's certificate chain and private key (PEM files).
+        client_ca: the authority that signed the clients' certificates (PEM file).
+        insecure: serve other machines without TLS: only on a network you trust.
+        max_update_mb: largest update accepted, in MiB.
+        metrics_address: host and port for Prometheus metrics; empty means none.
     """
 
     address: str = "127.0.0.1:7070"
@@ -155,7 +172,20 @@ class ServerConfig:
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
 class ClientConfig:
-    """`[client]`: this client: its id, its coordinator, its rank, its machine."""
+    """`[client]`: this client: its id, its coordinator, its rank, its machine.
+
+    Attributes:
+        id: the client's name in the run, different for every client.
+        address: host and port of the coordinator.
+        rank: LoRA rank this client trains; 0 means the method's.
+        alpha: LoRA alpha this client trains with; 0 means the method's.
+        folder: where this client keeps what it has not yet handed in.
+        device: `cpu`, `cuda`, `cuda:1`, or `auto` for the first GPU there is.
+        threads: arithmetic threads; 0 leaves it to torch.
+        ca: the authority that signed the coordinator's certificate (PEM file).
+        cert, key: this client's certificate chain and private key (PEM files).
+        insecure: connect to another machine without TLS: only on a network you trust.
+    """
 
     id: Id = "client"
     address: str = "127.0.0.1:7070"
@@ -180,6 +210,7 @@ class SimulationConfig:
         alphas: LoRA alpha per client, likewise.
         partition: `iid`, `label` (Dirichlet over labels), `quantity` (Dirichlet over sizes), or `natural` (client_key).
         concentration: of the Dirichlet distribution; small means skewed.
+        min_rows: rows every client gets at least.
         concurrency: clients that train at the same moment; 0 means one per core.
         threads: arithmetic threads per client.
     """
