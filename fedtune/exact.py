@@ -18,7 +18,7 @@ from fedtune.errors import WireError, problem
 from fedtune.tensors import Array
 
 LIMIT = 2048.0
-MAX_TOTAL_WEIGHT = 2**31 - 1
+MAX_TOTAL_WEIGHT = 2**31 - 1  # `fedtune.rounds.Round` sees to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +38,17 @@ class ExactSum:
 
 def add(total: ExactSum | None, values: Array, weight: int, name: str) -> ExactSum:
     """Adds `weight * values`; raises WireError for a magnitude of 2048 and more."""
+    check_magnitude(values, name)
     x = values.astype(np.float64)
-    if x.size and float(np.abs(x).max()) >= LIMIT:
-        raise WireError(problem(name, f"magnitudes below {LIMIT:.0f}", float(np.abs(x).max()), "Training diverged"))
     high = np.rint(x * 2.0**20)
     low = np.rint((x - high * 2.0**-20) * 2.0**52)
     terms = ExactSum(high.astype(np.int64) * weight, low.astype(np.int64) * weight)
     return terms if total is None else ExactSum(total.high + terms.high, total.low + terms.low)
+
+
+def check_magnitude(values: Array, name: str, scale: float = 1.0) -> None:
+    """Raises WireError when `scale * values` holds a magnitude of 2048 and more."""
+    if values.size:
+        largest = max(float(values.max()), -float(values.min())) * scale
+        if largest >= LIMIT:
+            raise WireError(problem(name, f"magnitudes below {LIMIT:.0f}", largest, "Training diverged"))

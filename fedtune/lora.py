@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fedtune.errors import ConfigError, ModelError, problem
@@ -148,15 +150,23 @@ def load_peft(folder: Path) -> tuple[dict[str, Array], float]:
         The factors in the file's dtype, and the scale that was folded in when it is the same for all layers, else 1.
 
     Raises:
-        ModelError: no such directory, or an adapter that is not plain LoRA.
+        ModelError: no such directory, a damaged one, or an adapter that is not plain LoRA.
     """
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         stored = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError) as error:
+        kind = config.get("peft_type")
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise ModelError(problem(str(folder), "a PEFT adapter directory", error)) from error
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        raise ModelError(problem(f"{folder}: peft_type", "plain LORA", config.get("peft_type")))
+    if kind != "LORA" or config.get("use_dora"):
+        raise ModelError(problem(f"{folder}: peft_type", "plain LORA", "DoRA" if kind == "LORA" else kind))
+    try:
+        return _folded(config, stored), 1.0
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(problem(str(folder), "a whole LoRA adapter", f"one without {error}")) from error
+
+
+def _folded(config: dict[str, Any], stored: dict[str, Array]) -> dict[str, Array]:
     factors: dict[str, Array] = {}
     for name in (n for n in stored if n.endswith(".lora_A.weight")):
         layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -165,7 +175,7 @@ def load_peft(folder: Path) -> tuple[dict[str, Array], float]:
         scale = lora_scale(a_ri.shape[0], alpha, bool(config.get("use_rslora")))
         factors[key_a(layer)] = scale_array(a_ri, scale)
         factors[key_b(layer)] = b_or
-    return factors, 1.0
+    return factors
 
 
 def scale_array(array: Array, factor: float) -> Array:

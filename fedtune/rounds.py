@@ -12,12 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedtune import exact
 from fedtune.codecs import raw
 from fedtune.errors import RoundError, WireError, problem
 from fedtune.method import ClientJob, Member, Method
 from fedtune.tensors import Manifest, Tensors, leaf_digest, root_digest
 
-MAX_WEIGHT = 2**31 - 1
+MAX_WEIGHT = exact.MAX_TOTAL_WEIGHT
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,14 @@ class Round:
     members: list[str] = field(default_factory=list)
 
     def task(self, member: Member, since: int = -1) -> Task:
-        """Prepares the turn of a client that has version `since` of the state (-1: only the base)."""
+        """Prepares the turn of a client that has version `since` of the state (-1: only the base).
+
+        Raises:
+            WireError: there is no such version yet.
+        """
         version = self.number - 1
+        if not -1 <= since <= version:
+            raise WireError(problem("version held by the client", f"-1 to {version}", since))
         received = {} if since == version else dict(self.method.broadcast(self.state, since))
         update = self.method.template(self.state, member)
         return Task(self.number, since, version, Manifest.of(received), received, update)

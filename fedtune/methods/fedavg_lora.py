@@ -38,7 +38,7 @@ class FedAvgLoRA(Method):
     name: ClassVar[str] = "fedavg-lora"
 
     rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=0.0, ge=0)
+    alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     target_modules: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     rslora: bool = False

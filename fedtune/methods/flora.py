@@ -11,6 +11,7 @@ The state is base + one stack per closed round, under names `000003/layer/A`: a 
 lacks and merges them into its base, in order.
 """
 
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +19,7 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from fedtune import exact
 from fedtune.errors import ProtocolError, problem
 from fedtune.lora import LoraSpec, find_layers, key_a, key_b, layers_of, lora_scale, save_peft
 from fedtune.method import BaseModel, ClientJob, Member, Method
@@ -33,7 +35,7 @@ class FLoRA(Method):
     Attributes:
         rank: rank of clients that name none.
         alpha: LoRA alpha of clients that name none; 0 keeps each client's scale at 2 (alpha = 2 r).
-        max_rank: the largest rank a client may bring.
+        max_rank: the largest rank a client may bring (`rank` itself is always taken).
         target_modules: last parts of the names of adapted modules, or `all-linear`.
         dropout: LoRA dropout while training.
         rslora: scale by alpha / sqrt(r) instead of alpha / r.
@@ -43,7 +45,7 @@ class FLoRA(Method):
     name: ClassVar[str] = "flora"
 
     rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=0.0, ge=0)
+    alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     max_rank: int = Field(default=256, ge=1)
     target_modules: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -60,18 +62,27 @@ class FLoRA(Method):
         return state
 
     def admit(self, member: Member) -> Member:
-        """Takes any rank from 1 to `max_rank`."""
-        rank = member.rank or self.rank
-        if not 1 <= rank <= self.max_rank:
-            raise ProtocolError(problem(f"rank of {member.id}", f"1 to {self.max_rank}", rank, "See method.max_rank"))
-        return Member(member.id, rank, member.alpha or self.alpha or 2.0 * rank)
+        """Takes any rank from 1 to `max_rank` and any alpha above 0."""
+        rank, largest = member.rank or self.rank, max(self.rank, self.max_rank)
+        if not 1 <= rank <= largest:
+            raise ProtocolError(problem(f"rank of {member.id}", f"1 to {largest}", rank, "See method.max_rank"))
+        alpha = member.alpha or self.alpha or 2.0 * rank
+        if not 0 < alpha < inf:
+            raise ProtocolError(problem(f"alpha of {member.id}", "a number above 0", alpha))
+        return Member(member.id, rank, alpha)
 
     def broadcast(self, state: Tensors, since: int) -> Tensors:
         """Sends the stacks of the rounds after `since`; the first time with the empty ones of version 0."""
         return {name: array for name, array in state.items() if int(name[:6]) > since}
 
     def fold(self, total: Fold | None, update: Tensors, member: Member, weight: int) -> Fold:
-        """Keeps the factors under the client's id: a stack is as large as what it is made of."""
+        """Keeps the factors under the client's id: a stack is as large as what it is made of.
+
+        Raises:
+            WireError: s_k A_k or B_k reach 2048 in magnitude: training diverged, and a stack might overflow its dtype.
+        """
+        for name, array in update.items():
+            exact.check_magnitude(array, f"{name} of {member.id}", self._scale(member) if name.endswith("/A") else 1.0)
         return {**(total or {}), member.id: (member, weight, update)}
 
     def finish(self, state: Tensors, total: Fold, weight: int) -> Tensors:
