@@ -1,4 +1,4 @@
-"""The wire, version 1: names, limits and options that coordinator and client share. `proto/README.md` is the contract."""
+"""The wire, version 1: names, limits and options that both sides share; `proto/README.md` is the contract."""
 
 PROTOCOL_MAJOR = 1
 PROTOCOL_MINOR = 0

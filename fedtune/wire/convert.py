@@ -68,10 +68,14 @@ def _bounds(manifest: Manifest, max_bytes: int = MAX_BYTES) -> None:
             want = f"at most {MAX_DIMS} sizes of at most {MAX_DIM}"
             raise WireError(problem(f"manifest: shape of {spec.name}", want, spec.shape[: MAX_DIMS + 1]))
     if len(set(manifest.names)) != len(manifest.specs):
-        twice = next(name for name in manifest.names if manifest.names.count(name) > 1)
-        raise WireError(problem("manifest", "each name once", f"{twice} twice"))
+        raise WireError(problem("manifest", "each name once", f"{_twice(manifest.names)} twice"))
     if manifest.nbytes > max_bytes:
         raise WireError(problem("manifest", f"at most {max_bytes} bytes", manifest.nbytes))
+
+
+def _twice(names: list[str]) -> str:
+    seen: set[str] = set()
+    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
 
 
 def _dtype(spec: pb.TensorSpec) -> str:

@@ -26,6 +26,7 @@ _ERRORS: dict[grpc.StatusCode, type[FedtuneError]] = {
     grpc.StatusCode.UNIMPLEMENTED: ProtocolError,
     grpc.StatusCode.UNAUTHENTICATED: ProtocolError,
     grpc.StatusCode.PERMISSION_DENIED: ProtocolError,
+    grpc.StatusCode.ABORTED: ProtocolError,
 }
 # What a peer may name: never an error that would send the user looking on the wrong machine.
 _NAMED = {cls.__name__: cls for cls in (errors.WireError, errors.ProtocolError, errors.ModelError)}
