@@ -1,0 +1,1 @@
+"""The coordinator of a federated run. It imports neither torch nor transformers."""
