@@ -31,7 +31,8 @@ class ExactSum:
     def mean(self, weight: int, dtype: np.dtype[np.generic]) -> Array:
         """Divides by the total weight in float64 and rounds to `dtype`.
 
-        Guarantees: with a single term, float32 values of magnitude 2^-29 and above (and 0) come back bit for bit.
+        Guarantees: with a single term, float32 values of magnitude 2^-29 and above, and +0, come back bit for bit;
+        -0 comes back as +0.
         """
         return ((self.high / weight) * 2.0**-20 + (self.low / weight) * 2.0**-52).astype(dtype)
 

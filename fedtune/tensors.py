@@ -97,7 +97,8 @@ def check_finite(array: Array, name: str) -> None:
     """Raises WireError, naming the first bad position, when `array` holds NaN or an infinity."""
     if array.dtype.kind in "iub":
         return
-    finite = np.isfinite(array)
+    with np.errstate(invalid="ignore"):  # bfloat16 passes through float32, where a signalling NaN warns
+        finite = np.isfinite(array)
     if not finite.all():
         at = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise WireError(problem(name, "finite values", f"{float(array[at])} at {at}"))
