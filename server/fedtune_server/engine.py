@@ -12,12 +12,14 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import TypeVar
 
+from fedtune import rules
 from fedtune.errors import RoundError, StorageError, WireError, problem
 from fedtune.method import Member
 from fedtune.rounds import MAX_WEIGHT
+from fedtune.selection import asked, select
 from fedtune.wire.convert import manifest_to_proto
 from fedtune.wire.v1 import coordinator_pb2 as pb
-from fedtune_server import closing, records, rules
+from fedtune_server import closing, records
 from fedtune_server.blobs import Draft
 from fedtune_server.ledger import PAYLOAD, UP
 from fedtune_server.metrics import Metrics
@@ -25,7 +27,6 @@ from fedtune_server.open_round import OpenRound, Total
 from fedtune_server.records import RoundRow, TaskRow, UpdateRow
 from fedtune_server.roster import Roster, Session
 from fedtune_server.run import COMPLETED, FAILED, Run
-from fedtune_server.selection import asked, select
 
 T = TypeVar("T")
 TICK_S = 0.5

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from fedtune.method import Method
 from fedtune.rounds import Round
+from fedtune.rules import View
 from fedtune.tensors import Tensors
 from fedtune_server.blobs import Blobs
 from fedtune_server.records import RoundRow, TaskRow, UpdateRow
-from fedtune_server.rules import View
 
 
 @dataclass(eq=False)

@@ -1,0 +1,103 @@
+"""The ClientApp: in a deployment a messenger between Flower and the resident worker, in a simulation the node itself."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedtune.flower.visit import ask, worker_name
+
+if TYPE_CHECKING:
+    from fedtune.flower.station import OpenWorker, Station
+
+_RECORD, _ARRAY, _TURN = "fedtune", "packet", "turn"
+_stations: "dict[tuple[int, int], Station]" = {}
+
+
+def client_app(open_worker: "OpenWorker | None" = None, mods: list[Any] | None = None) -> ClientApp:
+    """Makes the ClientApp.
+
+    Args:
+        open_worker: opens a node's model and data; fedtune's own trainer when None. It must be a function of a module
+            of the app, and import torch only when it is called: the resident worker imports it by name.
+        mods: Flower's client mods. They see one packed array; those that count bytes or log work, those that read
+            numbers (clipping, noise, secure aggregation) are refused by Flower with a TypeError.
+    """
+    app = ClientApp(mods=mods)
+    opener = _place(open_worker) if open_worker else None
+
+    def reply(message: Message, context: Context) -> Message:
+        return _reply(message, context, open_worker, opener)
+
+    for register in (app.query(), app.train()):
+        register(reply)
+    return app
+
+
+def _reply(message: Message, context: Context, open_worker: "OpenWorker | None", opener: list[str] | None) -> Message:
+    stype, data = _packet(message)
+    turn = dict(message.content.config_records.get(_TURN, ConfigRecord()))
+    if _is_resident(context):
+        header = {
+            "stype": stype,
+            "turn": turn,
+            "run_config": dict(context.run_config),
+            "node_config": dict(context.node_config),
+            "opener": opener,
+        }
+        answer, body = ask(worker_name(context.run_id, context.node_id), header, data)
+        stype = answer["stype"]
+    else:
+        stype, body = _station(context, open_worker).answer(stype, turn, data)
+    return Message(_content(stype, body), reply_to=message)
+
+
+def _packet(message: Message) -> tuple[str, bytes]:
+    record = message.content.array_records.get(_RECORD)
+    if record is None or _ARRAY not in record:
+        raise ValueError(f"message: expected an ArrayRecord {_RECORD!r} with {_ARRAY!r}, as FedtuneStrategy sends")
+    return record[_ARRAY].stype, record[_ARRAY].data
+
+
+def _content(stype: str, data: bytes) -> RecordDict:
+    array = Array(dtype="uint8", shape=(len(data),), stype=stype, data=data)
+    return RecordDict({_RECORD: ArrayRecord({_ARRAY: array})})
+
+
+def _is_resident(context: Context) -> bool:
+    """Whether the work goes to a resident worker: in a deployment, unless `flower.resident` says otherwise."""
+    wish = context.run_config.get("flower.resident") or "auto"
+    if wish not in ("auto", "on", "off"):
+        raise ValueError(f"flower.resident: expected auto, on or off, got {wish!r}")
+    return wish == "on" or (wish == "auto" and "ray" not in sys.modules)
+
+
+def _station(context: Context, open_worker: "OpenWorker | None") -> "Station":
+    """The node's station in this process: an actor of a simulation keeps the last ones it played."""
+    from fedtune.flower.resident import find_opener
+    from fedtune.flower.settings import read_identity
+    from fedtune.flower.station import Station
+
+    key = (context.run_id, context.node_id)
+    station = _stations.pop(key, None)
+    if station is None:
+        identity = read_identity(context.run_config, context.node_config)
+        station = Station(identity, open_worker or find_opener(None), resident=False)
+    keep = int(context.run_config.get("flower.keep") or 1)
+    while len(_stations) >= keep:
+        _stations.pop(next(iter(_stations)))
+    _stations[key] = station
+    return station
+
+
+def _place(open_worker: Callable[..., Any]) -> list[str]:
+    """Says where the resident worker finds a function: folder, module, name."""
+    module, name = open_worker.__module__, open_worker.__qualname__
+    source = inspect.getsourcefile(open_worker)
+    if source is None or "<" in name or module == "__main__":
+        raise ValueError(f"open_worker: expected a function of a module, got {name} of {module}")
+    return [str(Path(source).resolve().parents[module.count(".")]), module, name]

@@ -1,0 +1,149 @@
+"""The resident worker: one process per SuperNode and run, `python -m fedtune.flower.resident SOCKET PID`.
+
+Flower starts a new process for every message. This one stays: it holds the model, answers one request after another,
+and ends when it is told to, when nobody asked for anything for a while, or when the process PID (the SuperNode's) is
+gone. It reads only from its own user: the socket lies in a folder of mode 0700.
+"""
+
+import contextlib
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import FedtuneError, problem
+from fedtune.flower.packets import BYE
+from fedtune.flower.settings import read_identity
+from fedtune.flower.station import OpenWorker, Station
+from fedtune.flower.visit import read, send
+
+LOOK_S = 0.5
+"""Seconds between looks at whether the worker is still wanted."""
+
+
+class Resident:
+    """Serves one socket until nobody needs it."""
+
+    def __init__(self, path: Path, owner: int) -> None:
+        self._path, self._owner, self._born = path, owner, _born(owner)
+        self._station: Station | None = None
+        self._connection: socket.socket | None = None
+        self._idle_s = 900.0
+
+    def serve(self) -> None:
+        """Answers requests; returns when the worker is not wanted any more."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(str(self._path))
+            listener.listen(8)
+            listener.settimeout(LOOK_S)
+            try:
+                self._loop(listener)
+            finally:
+                self._tidy()
+
+    def _loop(self, listener: socket.socket) -> None:
+        busy = time.monotonic()
+        while time.monotonic() - busy < self._idle_s and _born(self._owner) == self._born:
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
+            with connection:
+                connection.setblocking(True)
+                self._connection = connection
+                go_on = self._answer(connection)
+            self._connection = None
+            if not go_on:
+                return
+            self._prepare()
+            busy = time.monotonic()
+
+    def _answer(self, connection: socket.socket) -> bool:
+        """Answers one request; returns False when it was the last."""
+        with contextlib.suppress(OSError, EOFError):  # who asked is gone, and the answer with it
+            header, body = read(connection)
+            if header["stype"] == BYE:
+                send(connection, {"stype": BYE}, b"")
+                return False
+            try:
+                stype, answer = self._open(header).answer(header["stype"], header["turn"], body)
+                send(connection, {"stype": stype}, answer)
+            except Exception as error:  # whatever the model or the user's own code raised goes to who asked
+                if isinstance(error, _HungUpError):
+                    raise EOFError from error
+                traceback.print_exc()
+                send(connection, {"error": f"{type(error).__name__}: {error}"}, b"")
+        return True
+
+    def _open(self, header: dict[str, Any]) -> Station:
+        if self._station is None:
+            self._idle_s = float(header["run_config"].get("flower.idle_s") or self._idle_s)
+            identity = read_identity(header["run_config"], header["node_config"])
+            self._station = Station(identity, find_opener(header["opener"]), resident=True, on_step=self._on_step)
+        return self._station
+
+    def _prepare(self) -> None:
+        """Loads the model while the coordinator waits for the others; a failure is reported by the task that meets it."""
+        try:
+            if self._station:
+                self._station.prepare()
+        except Exception:
+            traceback.print_exc()
+
+    def _on_step(self, step: int, steps: int, loss: float) -> None:
+        """Ends training when who asked has hung up, as Flower does with a message that is too late."""
+        if self._connection and select.select([self._connection], [], [], 0)[0]:
+            raise _HungUpError
+
+    def _tidy(self) -> None:
+        for suffix in (".sock", ".lock", ".log"):
+            with contextlib.suppress(OSError):
+                self._path.with_suffix(suffix).unlink()
+
+
+class _HungUpError(Exception):
+    """Who asked for the work does not want it any more."""
+
+
+def find_opener(place: list[str] | None) -> OpenWorker:
+    """Finds the function that opens model and data: fedtune's own, or the one at `[folder, module, name]`."""
+    if place is None:
+        from fedtune.training.worker import TorchWorker
+
+        return TorchWorker.open
+    folder, module, name = place
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        raise FedtuneError(problem("open_worker", f"a function {name} in {module}", found))
+    opener: OpenWorker = found
+    return opener
+
+
+def _born(pid: int) -> str:
+    """Tells a process from a later one of the same number; empty when there is none."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        os.kill(pid, 0)
+        return stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else "alive"
+    except (OSError, IndexError):
+        return ""
+
+
+def main() -> None:
+    """Runs the worker."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    Resident(Path(sys.argv[1]), int(sys.argv[2])).serve()
+
+
+if __name__ == "__main__":
+    main()

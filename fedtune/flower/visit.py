@@ -1,0 +1,149 @@
+"""The thin end of a node: hands one request to its resident worker over a Unix socket, and starts the worker if needed.
+
+    length u64 | JSON header | length u64 | bytes        once in each direction, then the connection closes
+
+Only the standard library is imported here: this is all that Flower's process for a message loads of fedtune.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Header: TypeAlias = Mapping[str, Any]
+
+START_S = 60.0
+"""Seconds a worker may take until it listens; torch is imported only afterwards."""
+_MAX = 2**44
+
+
+class WorkerError(RuntimeError):
+    """The resident worker refused the request, failed at it, or died of it; the message says why."""
+
+
+def ask(name: str, header: Header, body: memoryview | bytes) -> tuple[dict[str, Any], bytes]:
+    """Sends one request to the worker `name` and waits for its answer, as long as it takes.
+
+    Raises:
+        WorkerError: the worker cannot be started, says that the request failed, or hung up.
+    """
+    with _connect(name) as connection:
+        try:
+            send(connection, header, body)
+            answer, data = read(connection)
+        except (OSError, EOFError) as error:
+            log = folder() / f"{name}.log"
+            raise WorkerError(f"the resident worker died during the task ({error}); see {log}:\n{_tail(log)}") from None
+    if "error" in answer:
+        raise WorkerError(str(answer["error"]))
+    return answer, data
+
+
+def worker_name(*parts: object) -> str:
+    """Names a worker after what it serves; short, since the path of a socket may not be long."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:20]
+
+
+def folder() -> Path:
+    """Returns the private folder of the sockets, making it if needed.
+
+    Raises:
+        WorkerError: it belongs to somebody else, or others may enter it.
+    """
+    home = os.environ.get("FEDTUNE_SOCKETS") or os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    path = Path(home) / f"fedtune-{os.getuid()}"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise WorkerError(f"{path}: expected a folder that only you may enter; remove it, or set FEDTUNE_SOCKETS")
+    return path
+
+
+def send(connection: socket.socket, header: Header, body: memoryview | bytes) -> None:
+    """Writes one message."""
+    text = json.dumps(header).encode()
+    connection.sendall(struct.pack("<Q", len(text)) + text + struct.pack("<Q", len(body)))
+    connection.sendall(body)
+
+
+def read(connection: socket.socket) -> tuple[dict[str, Any], bytes]:
+    """Reads one message; raises EOFError when the other side hangs up before its end."""
+    header = json.loads(_exactly(connection, _length(connection)))
+    return dict(header), bytes(_exactly(connection, _length(connection)))
+
+
+def _length(connection: socket.socket) -> int:
+    length = int(struct.unpack("<Q", _exactly(connection, 8))[0])
+    if length > _MAX:
+        raise EOFError(f"a message of {length} bytes")
+    return length
+
+
+def _exactly(connection: socket.socket, length: int) -> bytearray:
+    data = bytearray(length)
+    view, at = memoryview(data), 0
+    while at < length:
+        count = connection.recv_into(view[at:])
+        if not count:
+            raise EOFError("it hung up")
+        at += count
+    return data
+
+
+def _connect(name: str) -> socket.socket:
+    """Connects to the worker; one process at a time starts it when nobody listens."""
+    path = folder() / f"{name}.sock"
+    if connection := _try(path):
+        return connection
+    with (folder() / f"{name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if connection := _try(path):
+            return connection
+        return _start(name, path)
+
+
+def _try(path: Path) -> socket.socket | None:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(str(path))
+    except (FileNotFoundError, ConnectionRefusedError):
+        connection.close()
+        return None
+    return connection
+
+
+def _start(name: str, path: Path) -> socket.socket:
+    """Starts a worker of its own session, so that it outlives this process; it ends with the one above this."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    log = path.with_suffix(".log")
+    command = [sys.executable, "-m", "fedtune.flower.resident", str(path), str(os.getppid())]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True, close_fds=True
+        )
+    until = time.monotonic() + START_S
+    while time.monotonic() < until and process.poll() is None:
+        if connection := _try(path):
+            return connection
+        time.sleep(0.01)
+    process.kill()
+    raise WorkerError(f"the resident worker did not start; see {log}:\n{_tail(log)}")
+
+
+def _tail(log: Path) -> str:
+    try:
+        return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    except OSError:
+        return ""
