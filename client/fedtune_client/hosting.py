@@ -1,4 +1,4 @@
-"""Many clients on one machine: torch is imported and the base is loaded once, then one process is forked per client.
+"""Many clients on one machine: torch is imported once, then one process is forked per client.
 
 The children share the parent's pages until they write to them. The parent stays without threads and without gRPC,
 which do not survive a fork; each child runs the ordinary client.
@@ -32,7 +32,7 @@ def start(path: Path, overrides: tuple[str, ...], address: str) -> int:
     """Loads a configuration and hosts its clients with torch; returns the exit code."""
     try:
         config = load(path, overrides)
-        return host(config, address or _address(config), preload(config))
+        return host(config, address or _address(config), preload())
     except FedtuneError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
@@ -113,8 +113,14 @@ class _Family:
             _write(self.config.run.folder / "clients" / name / "exit.json", record)
 
 
-def preload(config: Config) -> "OpenWorker":
-    """Imports torch and opens nothing else; returns the torch worker's `open`."""
+def preload() -> "OpenWorker":
+    """Imports torch and what comes with it; returns the torch worker's `open`.
+
+    Weights need no loading here: each child maps them from the file, so that all share one copy of its pages.
+    """
+    import peft  # noqa: F401  # imported for the children's sake
+    import transformers  # noqa: F401
+
     from fedtune.training.worker import TorchWorker
 
     return TorchWorker.open
@@ -194,6 +200,4 @@ def _write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
     except OSError as error:
-        raise StorageError(
-            problem("run.folder", "a folder that can be written", f"{path} ({error.strerror})")
-        ) from error
+        _say("not_written", path=str(path), reason=error.strerror)

@@ -108,6 +108,7 @@ class Session:
 
         Raises:
             UnavailableError: the connection failed or broke.
+            ProtocolError: another program joined under this client's id.
         """
         say: Say = queue.SimpleQueue()
         join = self._channel.stream_stream(
@@ -122,6 +123,8 @@ class Session:
                 call.cancel()
             return self._listen(call, say)
         except grpc.RpcError as error:
+            if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.ABORTED:
+                raise ProtocolError(str(error_of(error))) from error  # another program goes by this client's id
             raise error_of(error) from error
         except ValueError:
             if self._ended.is_set():  # grpc's word for a channel that was closed by `stop`

@@ -31,6 +31,8 @@ from fedtune_client.transfer import Transfer
 T = TypeVar("T")
 Gate = Callable[[], AbstractContextManager[object]]
 
+_CLOSED_TRIES = 3
+
 
 class Abandoned(Exception):  # noqa: N818  # not an error: the work in hand is no longer wanted
     """The run or the round is over for this client."""
@@ -178,23 +180,32 @@ class Turns:
         return self._persist(lambda: self._transfer.fetch(self._now(), have))
 
     def _submit(self, update: Update) -> None:
-        """Sends until the coordinator has answered."""
-        reply = self._persist(lambda: self._send(update))
-        self._outbox.remove(update)
+        """Sends until the coordinator has answered, and again when it has asked anew meanwhile."""
+        reply = pb.SubmitReply()
+        asked = True
+        while asked:
+            task_id, reply = self._persist(lambda: self._send(update))
+            with self._changed:
+                asked = self._current is not None and self._current.task_id != task_id
+                if not asked:
+                    self._current = None
+        number = update.key.round
         if reply.status == pb.SUBMIT_STATUS_ACCEPTED:
-            text = f"round {update.key.round}: update accepted ({update.nbytes} bytes)"
-            self._log.event("update_accepted", text, round=update.key.round, nbytes=update.nbytes)
-        else:
-            text = f"round {update.key.round}: update not needed any more. {reply.message}".rstrip()
-            self._log.event("update_late", text, round=update.key.round)
+            self._outbox.remove(update)
+            text = f"round {number}: update accepted ({update.nbytes} bytes)"
+            self._log.event("update_accepted", text, round=number, nbytes=update.nbytes)
+        else:  # kept until a later round begins: another attempt at this one would ask for it again
+            self._log.event("update_late", f"round {number}: not needed any more. {reply.message}", round=number)
 
-    def _send(self, update: Update) -> pb.SubmitReply:
+    def _send(self, update: Update) -> tuple[str, pb.SubmitReply]:
+        """Sends once; returns the answer and the id of the task it was sent for."""
+        task = self._now()
         try:
-            return self._transfer.submit(self._now(), update)
+            return task.task_id, self._transfer.submit(task, update)
         except grpc.RpcError as error:
             code = error.code() if isinstance(error, grpc.Call) else None
             if code is grpc.StatusCode.ALREADY_EXISTS:
-                return pb.SubmitReply(status=pb.SUBMIT_STATUS_LATE, message=str(error_of(error)))
+                return task.task_id, pb.SubmitReply(status=pb.SUBMIT_STATUS_LATE, message=str(error_of(error)))
             if code is grpc.StatusCode.INVALID_ARGUMENT:
                 self._outbox.remove(update)  # it will never be taken, so a restart must not find it
             raise
@@ -212,6 +223,8 @@ class Turns:
             except grpc.RpcError as raised:
                 self._go_on()
                 error = error_of(raised)
+                if _closed(raised) and backoff.tries >= _CLOSED_TRIES:
+                    raise Abandoned from raised
                 if not isinstance(error, UnavailableError):
                     raise error from raised
                 self._log.event("call_failed", reason=str(error), tries=backoff.tries + 1)
@@ -237,6 +250,11 @@ class Turns:
         member = self._terms.member
         template = hashlib.sha256(task.update.SerializeToString(deterministic=True)).hexdigest()
         return Key(self._terms.run_id, task.round, task.state_digest, template, member.rank, member.alpha)
+
+
+def _closed(error: grpc.RpcError) -> bool:
+    """Whether the coordinator says that the task's round is closed."""
+    return isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.NOT_FOUND
 
 
 def _same_turn(one: pb.Task, other: pb.Task) -> bool:
