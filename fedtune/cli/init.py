@@ -28,14 +28,18 @@ def init(
     if demo and data:
         raise ConfigError("--demo and --data: expected one of the two, got both")
     if path.exists() and not force:
-        raise ConfigError(problem(str(path), "a file that is not there yet", "one that is", "Add --force to replace it"))
+        raise ConfigError(
+            problem(str(path), "a file that is not there yet", "one that is", "Add --force to replace it")
+        )
     values = own_data(data, guess_columns(data)) if data else demo_values()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(template(values, str(path)))
     except OSError as error:
         raise ConfigError(problem(str(path), "a file that can be written", error.strerror)) from error
-    out.print(f"Wrote {path}. Next: [bold]fedtune doctor {path}[/], then [bold]fedtune simulate {path}[/]", soft_wrap=True)
+    out.print(
+        f"Wrote {path}. Next: [bold]fedtune doctor {path}[/], then [bold]fedtune simulate {path}[/]", soft_wrap=True
+    )
 
 
 def guess_columns(file: Path) -> dict[str, str]:

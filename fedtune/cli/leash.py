@@ -16,7 +16,7 @@ def main() -> None:
     """Asks the kernel for SIGTERM on the parent's death, then replaces this process by the command."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    os.execv(sys.argv[1], sys.argv[1:])  # noqa: S606  # no shell, and the command comes from our own program
+    os.execv(sys.argv[1], sys.argv[1:])  # no shell, and the command comes from our own program
 
 
 if __name__ == "__main__":

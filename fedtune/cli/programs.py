@@ -1,7 +1,7 @@
-"""The programs of a simulation, as subprocesses: a coordinator and a host of clients, each with its log in the run folder.
+"""The programs of a simulation as subprocesses, each with its log in the run folder.
 
-    COORDINATOR  python -m fedtune_server CONFIG       coordinator.log
-    HOST         python -m fedtune_client.host CONFIG  clients.log
+COORDINATOR  python -m fedtune_server CONFIG       coordinator.log
+HOST         python -m fedtune_client.host CONFIG  clients.log
 """
 
 import json

@@ -49,7 +49,9 @@ def fetch_status(client: ClientConfig, timeout_s: float = 5.0) -> RemoteStatus:
 
     channel = importlib.import_module("fedtune_client.channel").open_channel(client)
     call = channel.unary_unary(
-        wire.STATUS, request_serializer=pb.StatusRequest.SerializeToString, response_deserializer=pb.StatusReply.FromString
+        wire.STATUS,
+        request_serializer=pb.StatusRequest.SerializeToString,
+        response_deserializer=pb.StatusReply.FromString,
     )
     try:
         reply = call(pb.StatusRequest(), timeout=timeout_s)
@@ -58,9 +60,7 @@ def fetch_status(client: ClientConfig, timeout_s: float = 5.0) -> RemoteStatus:
         raise UnavailableError(problem(client.address, "a coordinator's answer", error.code().name, remedy)) from error
     finally:
         channel.close()
-    clients = tuple(
-        RemoteClient(c.client_id, c.state, c.rank, c.round, c.step, c.steps, c.loss) for c in reply.clients
-    )
+    clients = tuple(RemoteClient(c.client_id, c.state, c.rank, c.round, c.step, c.steps, c.loss) for c in reply.clients)
     return RemoteStatus(
         reply.run_id, reply.name, reply.phase, reply.round, reply.rounds, reply.bytes_up, reply.bytes_down, clients
     )

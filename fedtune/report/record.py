@@ -1,6 +1,6 @@
-"""A run as its folder tells it: `rounds/*/round.json` for what was closed, `events.jsonl` for who took part and how it ended.
+"""A run as its folder tells it: closed rounds from `rounds/*/round.json`, who took part from `events.jsonl`.
 
-    run folder --collect--> RunRecord --write_report--> report.json, report.png
+run folder --collect--> RunRecord --write_report--> report.json, report.png
 """
 
 import json

@@ -1,0 +1,5 @@
+"""`fedtune evaluate`."""
+
+
+def evaluate() -> None:
+    """Placeholder."""

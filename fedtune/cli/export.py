@@ -1,0 +1,89 @@
+"""`fedtune export`: a result to take home: a PEFT adapter, or a whole model with the adapter merged in."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedtune.cli.console import out
+from fedtune.errors import ConfigError, ModelError, StorageError, problem
+
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run folder, or PEFT adapter folder.", show_default=False)
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    round_: Annotated[int, typer.Option("--round", help="Which round's adapter; the last one if not given.")] = 0,
+    merge: Annotated[bool, typer.Option("--merge", help="Write a full model that needs no PEFT.")] = False,
+    base: Annotated[str, typer.Option(help="Base model to name or to merge into; the run's own if not given.")] = "",
+    dtype: Annotated[str, typer.Option(help="Of the merged weights: float32 or bfloat16.")] = "float32",
+) -> None:
+    """Copy an adapter out of a run, or merge it into its base model.
+
+    Examples: `fedtune export runs/demo adapter`, `fedtune export runs/demo model --merge --dtype bfloat16`
+    """
+    adapter = find_adapter(source, round_)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(problem(str(target), "a new or empty folder", "something is there"))
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(problem("--dtype", "float32 or bfloat16", dtype))
+    try:
+        if merge:
+            _merge(adapter, target, base, dtype)
+        else:
+            _copy(adapter, target, base)
+    except OSError as error:
+        raise StorageError(problem(str(target), "a folder that can be written", error.strerror)) from error
+    out.print(f"Wrote {target} from {adapter}", markup=False, soft_wrap=True)
+
+
+def find_adapter(source: Path, number: int = 0) -> Path:
+    """Returns the adapter folder that a run folder and a round (0: the last) mean; an adapter folder is itself.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if (source / _ADAPTER[0]).exists() and not number:
+        return source
+    found = {int(path.parent.name): path.parent for path in source.glob(f"rounds/[0-9]*/{_ADAPTER[0]}")}
+    if number:
+        if number not in found:
+            closed = ", ".join(str(n) for n in sorted(found)) or "none"
+            raise ModelError(problem(f"round {number} of {source}", f"a closed round (closed: {closed})", "none"))
+        return found[number]
+    if (source / "final" / _ADAPTER[0]).exists():
+        return source / "final"
+    if found:
+        return found[max(found)]
+    want = "a run folder with a closed round, or a PEFT adapter folder"
+    raise ModelError(problem(str(source), want, "neither"))
+
+
+def _copy(adapter: Path, target: Path, base: str) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in _ADAPTER:
+        shutil.copyfile(adapter / name, target / name)
+    if base:
+        path = target / _ADAPTER[0]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}, indent=2) + "\n")
+
+
+def _merge(adapter: Path, target: Path, base: str, dtype: str) -> None:
+    """Loads the base, adds B A to each adapted layer, and saves weights and tokenizer."""
+    from fedtune.lora import load_peft
+    from fedtune.training.merging import MergedBase
+    from fedtune.training.models import choose_device, load_model, resolve_model
+
+    factors, _ = load_peft(adapter)
+    name = base or str(json.loads((adapter / _ADAPTER[0]).read_text()).get("base_model_name_or_path") or "")
+    if not name:
+        raise ModelError(problem(str(adapter), "the name of its base model", "none", "Give it with --base"))
+    model, tokenizer = load_model(resolve_model(name), dtype, choose_device("cpu"))
+    MergedBase(model).merge(factors)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)

@@ -1,0 +1,5 @@
+"""`fedtune train`."""
+
+
+def train() -> None:
+    """Placeholder."""
