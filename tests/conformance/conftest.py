@@ -1,0 +1,139 @@
+"""A coordinator as a program and clients as threads, beside the plain loop that says what must come out."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fedtune_client.main import run
+
+from fedtune.base import open_base
+from fedtune.config import Config, Shared, parse
+from fedtune.config.members import member_config, member_ids
+from fedtune.method import Member
+from fedtune.methods import METHODS
+from fedtune.simulation import Result, simulate
+from fedtune.testing import open_toy, toy_base
+from fedtune.worker import Worker
+
+
+class Grpc:
+    """One run over gRPC."""
+
+    def __init__(self, config: Config, toml: Path) -> None:
+        self.config, self.folder = config, config.run.folder
+        self.exits: dict[str, int] = {}
+        self._threads: list[threading.Thread] = []
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "fedtune_server", str(toml)]
+        self.server = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        self.address = until(lambda: (self.folder / "address").read_text().strip())
+
+    def client(self, index: int, open_worker: Callable[..., Any] = open_toy) -> None:
+        own = member_config(self.config, index, self.address)
+
+        def work() -> None:
+            self.exits[own.client.id] = run(own, index, open_worker)
+
+        self._threads.append(threading.Thread(target=work, daemon=True))
+        self._threads[-1].start()
+
+    def end(self) -> list[str]:
+        """Waits for everyone and returns the digest of each round."""
+        assert self.server.wait(60) == 0
+        for thread in self._threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        assert set(self.exits.values()) == {0}
+        return [json.loads(f.read_text())["digest"] for f in sorted(self.folder.glob("rounds/*/round.json"))]
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        lines = (self.folder / "events.jsonl").read_text().splitlines()
+        return [event for line in lines if (event := json.loads(line))["event"] == name]
+
+    def close(self) -> None:
+        self.server.kill()
+        self.server.wait()
+
+
+def until(value: Callable[[], Any], limit_s: float = 20.0) -> Any:
+    """Waits for something true."""
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            if found := value():
+                return found
+        time.sleep(0.01)
+    raise TimeoutError
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(params=sorted(METHODS))
+def method(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def make(tmp_path: Path, toy_folder: Path) -> Callable[..., tuple[Config, Path]]:
+    """Builds a configuration and its TOML file."""
+
+    def build(method: str, name: str = "run", *, clients: int = 3, rounds: int = 3, **more: Any) -> tuple[Config, Path]:
+        sections: dict[str, dict[str, Any]] = {
+            "run": {"folder": str(tmp_path / name), "seed": 7},
+            "model": {"name": str(toy_folder)},
+            "method": {"name": method, "rank": 2},
+            "rounds": {"count": rounds, "min_clients": more.get("min_clients", clients)},
+            "server": {"address": "127.0.0.1:0"},
+            "simulation": {"clients": clients, "ranks": list(more.get("ranks", ()))},
+        }
+        toml = tmp_path / f"{name}.toml"
+        text = [
+            f"[{s}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in keys.items()) for s, keys in sections.items()
+        ]
+        toml.write_text("\n".join(text))
+        return parse(sections), toml
+
+    return build
+
+
+@pytest.fixture
+def over_grpc() -> Iterator[Callable[..., Grpc]]:
+    """Starts coordinators."""
+    runs: list[Grpc] = []
+
+    def begin(made: tuple[Config, Path]) -> Grpc:
+        runs.append(Grpc(*made))
+        return runs[-1]
+
+    yield begin
+    for grpc_run in runs:
+        grpc_run.close()
+
+
+@pytest.fixture
+def simulated() -> Callable[[Config], Result]:
+    """Runs the plain loop with the same members, seed and examples."""
+
+    def play(config: Config) -> Result:
+        ids = member_ids(config)
+        own = [member_config(config, i, "").client for i in range(len(ids))]
+        members = [Member(c.id, c.rank, c.alpha) for c in own]
+        base, shared = open_base(Path(config.model.name)), Shared.of(config)
+
+        def worker(member: Member) -> Worker:
+            return open_toy(config, shared, ids.index(member.id))
+
+        return simulate(config.method, base, members, worker, config.rounds.count, shared.seed)
+
+    return play
