@@ -8,7 +8,8 @@
     ├── ProtocolError       two programs cannot talk: version, features, settings      exit code 6
     ├── RoundError          a run cannot go on: quorum never met, every attempt spent  exit code 7
     ├── StorageError        disk full, folder not writable, record damaged             exit code 8
-    └── UnavailableError    the other side cannot be reached (worth another try)       exit code 9
+    ├── UnavailableError    the other side cannot be reached (worth another try)       exit code 9
+    └── TrainingError       training diverged, or changed nothing                      exit code 10
 
 A message states the rule, the name and the value, then what to do: build it with `problem`.
 """
@@ -68,6 +69,12 @@ class UnavailableError(FedtuneError):
     """The other side cannot be reached now; another try later may succeed."""
 
     exit_code = 9
+
+
+class TrainingError(FedtuneError):
+    """Training gave nothing worth sending: the loss is not finite, or the weights did not change."""
+
+    exit_code = 10
 
 
 def problem(name: str, want: object, got: object, remedy: str = "") -> str:

@@ -1,0 +1,127 @@
+"""LoRA on a torch model: put an adapter in through PEFT, read its factors, take it out, merge factors into a base.
+
+Shapes: R rank, I input features, O output features; A_RI, B_OR. Linear weights are O x I, Conv1D weights I x O.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fedtune.errors import ModelError, problem
+from fedtune.lora import LoraSpec, kaiming_uniform, key_a, key_b
+from fedtune.tensors import Array, Tensors
+
+_NAME = "default"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The trainable factors of an injected adapter, by the names the rest of fedtune uses (`layer/A`, `layer/B`)."""
+
+    weights: dict[str, nn.Parameter]
+
+    def factors(self) -> dict[str, Array]:
+        """Copies the factors out as float32 arrays."""
+        return {name: weight.detach().float().cpu().numpy().copy() for name, weight in self.weights.items()}
+
+
+@contextmanager
+def injected(model: PreTrainedModel, spec: LoraSpec, factors: Tensors) -> Iterator[Adapter]:
+    """Puts an adapter with these factors into `model` for the length of a `with` block.
+
+    Guarantees: afterwards the model holds the very modules and weights it held before, and its outputs are the same
+    bit for bit.
+
+    Raises:
+        ModelError: a layer is not in the model, or a factor does not fit it.
+    """
+    before = {layer: linear(model, layer) for layer in spec.layers}
+    for layer, module in before.items():
+        _check_fit(layer, module, factors, spec.rank)
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+    try:
+        inject_adapter_in_model(_peft_config(spec, before), model, adapter_name=_NAME)
+        yield Adapter(_load(model, spec, factors))
+    finally:
+        for layer, module in before.items():
+            parent, _, child = layer.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
+def fresh_factors(model: PreTrainedModel, spec: LoraSpec, seed: int) -> dict[str, Array]:
+    """Draws A of every layer, in the order of `spec.layers`, from `seed`; B is zero. float32."""
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    factors: dict[str, Array] = {}
+    for layer in spec.layers:
+        inputs, outputs = features(linear(model, layer))
+        factors[key_a(layer)] = kaiming_uniform(rng, spec.rank, inputs)
+        factors[key_b(layer)] = np.zeros((outputs, spec.rank), np.float32)
+    return factors
+
+
+def change(module: nn.Module, a_ri: Array, b_or: Array) -> torch.Tensor:
+    """Returns B A in float32, laid out as the module's weight."""
+    device = module.get_parameter("weight").device
+    a = torch.from_numpy(a_ri.astype(np.float32)).to(device)
+    b = torch.from_numpy(b_or.astype(np.float32)).to(device)
+    return a.T @ b.T if isinstance(module, Conv1D) else b @ a
+
+
+def linear(model: PreTrainedModel, layer: str) -> nn.Module:
+    """Finds a linear layer by its dotted name; raises ModelError when there is none."""
+    try:
+        module: nn.Module = model.get_submodule(layer)
+    except AttributeError as error:
+        raise ModelError(problem("layer", f"one of {type(model).__name__}", layer)) from error
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise ModelError(problem(f"layer {layer}", "a linear layer", type(module).__name__))
+    return module
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """Input and output features (I, O) of a linear layer."""
+    rows, columns = module.get_parameter("weight").shape
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+
+
+def _check_fit(layer: str, module: nn.Module, factors: Tensors, rank: int) -> None:
+    inputs, outputs = features(module)
+    for key, want in ((key_a(layer), (rank, inputs)), (key_b(layer), (outputs, rank))):
+        got = factors[key].shape if key in factors else "none"
+        if got != want:
+            raise ModelError(problem(f"factor {key}", want, got))
+
+
+def _peft_config(spec: LoraSpec, modules: dict[str, nn.Module]) -> LoraConfig:
+    return LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        use_rslora=spec.rslora,
+        target_modules=list(spec.layers),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _load(model: PreTrainedModel, spec: LoraSpec, factors: Tensors) -> dict[str, nn.Parameter]:
+    """Sets the adapter's weights, float32 whatever the base is, and makes exactly them trainable."""
+    weights: dict[str, nn.Parameter] = {}
+    for layer in spec.layers:
+        for key, side in ((key_a(layer), "lora_A"), (key_b(layer), "lora_B")):
+            weight = model.get_submodule(f"{layer}.{side}.{_NAME}").get_parameter("weight")
+            weight.data = torch.from_numpy(factors[key].astype(np.float32)).to(weight.device)
+            weights[key] = weight.requires_grad_(True)
+    return weights

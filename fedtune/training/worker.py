@@ -1,0 +1,80 @@
+"""A client's model, data and hyper-parameters in memory, ready for one round after another."""
+
+import torch
+
+from fedtune.base import open_base
+from fedtune.config import Config, Shared
+from fedtune.lora import LoraSpec
+from fedtune.method import Member, Method
+from fedtune.rounds import job_seed
+from fedtune.tensors import Array, Tensors
+from fedtune.training.adapt import Bench, fit_adapter
+from fedtune.training.data import client_rows, with_columns
+from fedtune.training.encoding import encode_rows
+from fedtune.training.job import TorchJob
+from fedtune.training.merging import MergedBase
+from fedtune.training.models import choose_device, load_model, resolve_model
+from fedtune.training.scoring import Scorer
+from fedtune.worker import OnStep
+
+
+class TorchWorker:
+    """Holds what a client trains with.
+
+    Attributes:
+        base_digest: fingerprint of the base weights as stored.
+        examples: rows this client trains on.
+        metrics: of the last training.
+        base: the model, with what has been merged into it.
+        attached: adapter a method has attached, and its factors.
+        memory: what the client keeps between rounds.
+    """
+
+    def __init__(self, bench: Bench, base_digest: str, seed: int) -> None:
+        self.base_digest = base_digest
+        self.examples = len(bench.rows)
+        self.metrics: dict[str, float] = {}
+        self.base = MergedBase(bench.scorer.model)
+        self.attached: tuple[LoraSpec, Tensors] | None = None
+        self.memory: dict[str, Array] = {}
+        self._bench = bench
+        self._seed = seed
+
+    @classmethod
+    def open(
+        cls, config: Config, shared: Shared, index: int | None = None, on_step: OnStep | None = None
+    ) -> "TorchWorker":
+        """Loads model and data.
+
+        Args:
+            config: this machine's data, device and threads.
+            shared: model, training and seed as the coordinator gave them.
+            index: which part of `[simulation]`'s partition is this client's; None means all of its data.
+            on_step: told of every training step.
+
+        Raises:
+            FedtuneError: model or data are missing or unusable.
+        """
+        if config.client.threads:
+            torch.set_num_threads(config.client.threads)
+        rows = client_rows(config, index)
+        folder = resolve_model(shared.model.name, shared.model.revision)
+        digest = open_base(folder).digest
+        model, tokenizer = load_model(folder, shared.model.dtype, choose_device(config.client.device))
+        encoded = encode_rows(rows, tokenizer, with_columns(config.data), shared.training.max_length)
+        bench = Bench(Scorer.probe(model), tokenizer, encoded, shared.training, on_step)
+        return cls(bench, digest, shared.seed)
+
+    def reset(self) -> None:
+        """Goes back to the base weights, with nothing attached."""
+        self.base.reset()
+        self.attached = None
+
+    def job(self, method: Method, member: Member, round_number: int) -> TorchJob:
+        """Starts one round's turn."""
+        return TorchJob(self, member, job_seed(self._seed, round_number, member.id))
+
+    def fit(self, spec: LoraSpec, factors: Tensors, seed: int) -> Tensors:
+        """Trains an adapter and remembers the metrics."""
+        trained, self.metrics = fit_adapter(self._bench, spec, factors, seed)
+        return trained
