@@ -1,4 +1,4 @@
-"""The ClientApp: in a deployment a messenger between Flower and the resident worker, in a simulation the node itself."""
+"""The ClientApp: in a deployment a messenger to the resident worker, in a simulation the node itself."""
 
 import inspect
 import sys
@@ -6,15 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtune.flower.visit import ask, worker_name
+from fedtune.flower.messages import as_array, content, read_array, read_turn
+from fedtune.flower.visit import BYE, Turn, ask, dismiss, worker_name
 
 if TYPE_CHECKING:
     from fedtune.flower.station import OpenWorker, Station
 
-_RECORD, _ARRAY, _TURN = "fedtune", "packet", "turn"
 _stations: "dict[tuple[int, int], Station]" = {}
 
 
@@ -39,33 +39,29 @@ def client_app(open_worker: "OpenWorker | None" = None, mods: list[Any] | None =
 
 
 def _reply(message: Message, context: Context, open_worker: "OpenWorker | None", opener: list[str] | None) -> Message:
-    stype, data = _packet(message)
-    turn = dict(message.content.config_records.get(_TURN, ConfigRecord()))
+    array, turn = read_array(message), read_turn(message)
     if _is_resident(context):
-        header = {
-            "stype": stype,
-            "turn": turn,
-            "run_config": dict(context.run_config),
-            "node_config": dict(context.node_config),
-            "opener": opener,
-        }
-        answer, body = ask(worker_name(context.run_id, context.node_id), header, data)
-        stype = answer["stype"]
+        stype, body = _visit(array, turn, context, opener)
     else:
-        stype, body = _station(context, open_worker).answer(stype, turn, data)
-    return Message(_content(stype, body), reply_to=message)
+        stype, body = _station(context, open_worker).answer(array.stype, turn, array.data)
+    return Message(content(as_array(stype, body)), reply_to=message)
 
 
-def _packet(message: Message) -> tuple[str, bytes]:
-    record = message.content.array_records.get(_RECORD)
-    if record is None or _ARRAY not in record:
-        raise ValueError(f"message: expected an ArrayRecord {_RECORD!r} with {_ARRAY!r}, as FedtuneStrategy sends")
-    return record[_ARRAY].stype, record[_ARRAY].data
-
-
-def _content(stype: str, data: bytes) -> RecordDict:
-    array = Array(dtype="uint8", shape=(len(data),), stype=stype, data=data)
-    return RecordDict({_RECORD: ArrayRecord({_ARRAY: array})})
+def _visit(array: Array, turn: Turn, context: Context, opener: list[str] | None) -> tuple[str, bytes]:
+    """Hands the packet to this SuperNode's worker for this run."""
+    name = worker_name(context.run_id, context.node_id)
+    header = {
+        "stype": array.stype,
+        "turn": dict(turn),
+        "run_config": dict(context.run_config),
+        "node_config": dict(context.node_config),
+        "opener": opener,
+    }
+    if array.stype == BYE:
+        dismiss(name, header)
+        return BYE, b""
+    answer, body = ask(name, header, array.data)
+    return str(answer["stype"]), body
 
 
 def _is_resident(context: Context) -> bool:

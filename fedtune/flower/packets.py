@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from fedtune.errors import WireError, problem
 
-HELLO, TASK, UPDATE, LACK, BYE, STATE = (f"fedtune.{name}.v1" for name in ("hello", "task", "update", "lack", "bye", "state"))
-"""Serialisation types of the arrays."""
+HELLO, TASK, UPDATE, LACK = (f"fedtune.{name}.v1" for name in ("hello", "task", "update", "lack"))
+"""Serialisation types of the arrays; `visit.BYE` is another."""
 
 RESIDENT = "resident"
 """Feature of a node that keeps its model between rounds."""
@@ -52,7 +52,7 @@ def unpack(data: memoryview | bytes) -> Packet:
     if bytes(view[:8]) != _MAGIC or view.nbytes < 12:
         raise WireError(problem("packet", "one of fedtune's", f"{view.nbytes} bytes that are none"))
     (count,), at = struct.unpack_from("<I", view, 8), 12
-    headers = []
+    headers: list[bytes] = []
     for _ in range(min(count, _MAX_HEADERS + 1)):
         if at + 4 > view.nbytes:
             raise WireError(problem("packet", f"{count} headers", f"an end after {len(headers)}"))

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import FedtuneError, problem
-from fedtune.flower.packets import BYE
 from fedtune.flower.settings import read_identity
 from fedtune.flower.station import OpenWorker, Station
-from fedtune.flower.visit import read, send
+from fedtune.flower.visit import BYE, read, send
 
 LOOK_S = 0.5
 """Seconds between looks at whether the worker is still wanted."""
@@ -89,7 +88,7 @@ class Resident:
         return self._station
 
     def _prepare(self) -> None:
-        """Loads the model while the coordinator waits for the others; a failure is reported by the task that meets it."""
+        """Loads the model while the coordinator waits for the others; a failure is met again by the task."""
         try:
             if self._station:
                 self._station.prepare()

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeAlias, get_origin
 
-
 from fedtune.config import Config, parse
 from fedtune.config.members import member_config
 from fedtune.errors import ConfigError, problem
@@ -53,7 +52,9 @@ def read_identity(run_config: Scalars, node_config: Scalars) -> Identity:
         return Identity(config, None)
     if partition is None:
         want = 'client.id="NAME" or partition-id=N'
-        raise ConfigError(problem("--node-config of this SuperNode", want, ", ".join(map(str, node_config)) or "nothing"))
+        raise ConfigError(
+            problem("--node-config of this SuperNode", want, ", ".join(map(str, node_config)) or "nothing")
+        )
     member = member_config(config, int(partition), "flower")
     given = {key[7:]: getattr(config.client, key[7:]) for key in own if key.startswith("client.")}
     config = replace(member, client=replace(member.client, **given))
@@ -88,10 +89,17 @@ def _sections(flat: Scalars) -> dict[str, Any]:
         section, dot, field = key.partition(".")
         if not dot:
             raise ConfigError(problem(key, "section.key, such as rounds.count", "no section"))
-        if value == "" or section == _OURS:
+        if value == "" or section == _OURS or (section == "method" and not _belongs(field, name)):
             continue
         nested.setdefault(section, {})[field] = _value(section, field, value, name)
     return nested
+
+
+def _belongs(field: str, method: str) -> bool:
+    """Whether a key of `[method]` is this method's; an app lists the keys of every method."""
+    others = {f.name for kind in METHODS.values() for f in fields(kind)}  # type: ignore[arg-type]  # all are dataclasses
+    own = {f.name for f in fields(METHODS[method])} if method in METHODS else others  # type: ignore[arg-type]
+    return field in own or field not in others
 
 
 def _value(section: str, field: str, value: object, method: str) -> object:

@@ -6,7 +6,7 @@ again: the model, the data, and which version of the state the model has been br
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,6 +15,7 @@ from fedtune.config import Config, Shared
 from fedtune.errors import ModelError, ProtocolError, WireError, problem
 from fedtune.flower.packets import HELLO, LACK, RESIDENT, TASK, UPDATE, Packet, pack, unpack
 from fedtune.flower.settings import Identity
+from fedtune.flower.visit import Turn
 from fedtune.method import Member
 from fedtune.rounds import Replica, Task, receive, work
 from fedtune.wire.convert import manifest_from_proto, parse
@@ -24,9 +25,6 @@ from fedtune.worker import OnStep, Worker
 
 OpenWorker: TypeAlias = Callable[[Config, Shared, int | None, OnStep | None], Worker]
 """Opens a node's model and data, as `TorchWorker.open` does."""
-
-Turn: TypeAlias = Mapping[str, str | int | float]
-"""What the coordinator says to one node alone: `client`, `rank`, `alpha`, and `shape`, the number of its `Task`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +99,9 @@ class Station:
         """Takes the run's settings; other settings than before mean another model and other data."""
         if welcome.protocol_major != wire.PROTOCOL_MAJOR:
             got = f"{welcome.protocol_major}.{welcome.protocol_minor}"
-            raise ProtocolError(problem("protocol", f"{wire.PROTOCOL_MAJOR}.x", got, "Install the same fedtune on both"))
+            raise ProtocolError(
+                problem("protocol", f"{wire.PROTOCOL_MAJOR}.x", got, "Install the same fedtune on both")
+            )
         if welcome.settings_json == self._settings:
             return
         shared = Shared.from_json(welcome.settings_json)

@@ -23,6 +23,12 @@ from typing import Any, TypeAlias
 
 Header: TypeAlias = Mapping[str, Any]
 
+Turn: TypeAlias = Mapping[str, str | int | float]
+"""What the coordinator says to one node alone: `client`, `rank`, `alpha`, and `shape`, the number of its `Task`."""
+
+BYE = "fedtune.bye.v1"
+"""Serialisation type of the packet that ends a worker."""
+
 START_S = 60.0
 """Seconds a worker may take until it listens; torch is imported only afterwards."""
 _MAX = 2**44
@@ -48,6 +54,15 @@ def ask(name: str, header: Header, body: memoryview | bytes) -> tuple[dict[str, 
     if "error" in answer:
         raise WorkerError(str(answer["error"]))
     return answer, data
+
+
+def dismiss(name: str, header: Header) -> None:
+    """Ends the worker `name`, if there is one."""
+    connection = _try(folder() / f"{name}.sock")
+    if connection is not None:
+        with connection, contextlib.suppress(OSError, EOFError):
+            send(connection, header, b"")
+            read(connection)
 
 
 def worker_name(*parts: object) -> str:

@@ -1,0 +1,118 @@
+"""A Flower app written out: a small folder that `flwr run` takes, with a configuration as its run config.
+
+It ships nothing of fedtune, which is installed where SuperLink and SuperNodes run, and names no dependencies, so that
+Flower has nothing to download.
+"""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from fedtune.config import Config
+from fedtune.config.template import Key, keys
+from fedtune.errors import ConfigError, StorageError, problem
+from fedtune.methods import METHODS
+
+SECTIONS = ("run", "model", "data", "method", "training", "rounds", "simulation", "client")
+_NODE_ONLY = ("id", "address", "rank", "alpha", "folder", "ca", "cert", "key", "insecure")
+_OURS = """
+# Of the plug-in itself.
+[tool.flwr.app.config.flower]
+resident = "auto"  # a worker that keeps the model between rounds: on, off, or auto: in a deployment
+idle_s = 900       # seconds after which a resident worker that nobody asks ends
+keep = 1           # simulation: nodes whose model an actor keeps in memory
+"""
+_HEADER = """\
+# A Flower app that runs fedtune. Run it with:  flwr run {folder} CONNECTION --stream
+# Change any key below for one run with:         --run-config 'rounds.count=5 method.rank=8'
+# An empty text stands for the default; a list is written as text: simulation.ranks = "4, 8, 16".
+[project]
+name = "{name}"
+version = "1.0.0"
+description = "Federated fine-tuning with fedtune"
+license = {{ text = "Apache-2.0" }}
+dependencies = []
+
+[tool.hatch.build.targets.wheel]
+packages = ["{package}"]
+
+[tool.flwr.app]
+publisher = "fedtune"
+fab-include = ["{package}/**/*.py"]
+
+[tool.flwr.app.components]
+serverapp = "{package}.server_app:app"
+clientapp = "{package}.client_app:app"
+"""
+_FILES = {
+    "__init__.py": '"""A Flower app that runs fedtune."""\n',
+    "server_app.py": '"""The coordinator\'s side."""\n\n'
+    "from fedtune.flower.server import server_app\n\napp = server_app()\n",
+    "client_app.py": '"""A node\'s side. To train with a loop of your own: client_app(open_worker=...)."""\n\n'
+    "from fedtune.flower.client import client_app\n\napp = client_app()\n",
+}
+
+
+def write_app(folder: Path, config: Config, package: str = "fedtune_app") -> None:
+    """Writes an app that runs `config`.
+
+    Args:
+        folder: new or empty; its name becomes the app's.
+        config: the run, as far as nodes share it; what belongs to one machine is left to `--node-config`.
+        package: name of the Python package inside.
+
+    Raises:
+        ConfigError: the folder is not empty.
+        StorageError: it cannot be written.
+    """
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(problem(str(folder), "a new or empty folder", "one with files in it"))
+        (folder / package).mkdir(parents=True)
+        (folder / "pyproject.toml").write_text(project(config, folder, package))
+        for name, text in _FILES.items():
+            (folder / package / name).write_text(text)
+    except OSError as error:
+        raise StorageError(problem(str(folder), "a folder that can be written", error.strerror or error)) from error
+
+
+def project(config: Config, folder: Path, package: str) -> str:
+    """Returns the app's `pyproject.toml`."""
+    head = _HEADER.format(folder=folder.name, name=_name(folder), package=package)
+    return head + "".join(_section(section, config) for section in SECTIONS) + _OURS
+
+
+def _section(section: str, config: Config) -> str:
+    values = asdict(getattr(config, section))
+    if section == "method":
+        values = {"name": config.method.name, **values}
+    lines = [f"{key.name} = {_shown(values.get(key.name, ''), key)}" for key in _keys(section)]
+    return "\n".join(["", f"[tool.flwr.app.config.{section}]", *lines, ""])
+
+
+def _keys(section: str) -> list[Key]:
+    """All keys of a section, for a method those of every method: Flower takes only keys that are listed."""
+    if section == "method":
+        found = {key.name: key for kind in METHODS.values() for key in keys("method", kind)}
+        return list(found.values())
+    return [key for key in keys(section) if section != "client" or key.name not in _NODE_ONLY]
+
+
+def _shown(value: object, key: Key) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value))
+    if key.section == "simulation" and key.name == "clients":
+        value = ""  # Flower's own number of nodes
+    return repr(value) if isinstance(value, int | float) else '"' + _escaped(str(value or "")) + '"'
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _name(folder: Path) -> str:
+    """An app's name: a letter, then letters, digits and hyphens, at most 32."""
+    name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-")
+    return (name if name[:1].isalpha() else f"fedtune-{name}".strip("-"))[:32]

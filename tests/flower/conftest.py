@@ -1,0 +1,213 @@
+"""Flower's real programs for tests: private folders, free ports, no network, and nothing left running."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedtune[flower]'")
+
+TOY = '''
+"""A node without torch, and ways to fail."""
+
+import os
+import signal
+import struct
+from pathlib import Path
+
+from fedtune.testing import ToyWorker
+
+
+def open_worker(config, shared, index, on_step):
+    fault = config.data.label if config.data.client_key == config.client.id else ""
+
+    def delay():
+        if fault == "raise":
+            raise ValueError("the toy was told to fail")
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        (Path(config.model.name).parent / f"{config.client.id}.{os.getpid()}.pid").touch()
+
+    return ToyWorker(Path(config.model.name), seed=shared.seed, examples=10 + (index or 0), delay=delay)
+
+
+def nan_mod(message, context, call_next):
+    """Sends NaN as a hostile node would: with a header that fits."""
+    from fedtune.flower.messages import as_array, content, read_array
+    from fedtune.flower.packets import UPDATE, pack, unpack
+    from fedtune.wire.frames import sha256
+    from fedtune.wire.v1 import coordinator_pb2 as pb
+
+    reply = call_next(message, context)
+    array = read_array(reply)
+    if context.run_config["data.label"] != "nan" or array.stype != UPDATE:
+        return reply
+    packet = unpack(array.data)
+    header = pb.SubmitHeader.FromString(packet.headers[0])
+    if header.client_id == context.run_config["data.client_key"]:
+        payload = struct.pack("<f", float("nan")) + bytes(packet.payload[4:])
+        header.sha256 = sha256([payload])
+        reply.content = content(as_array(UPDATE, pack([header.SerializeToString()], [payload])))
+    return reply
+'''
+CLIENT_APP = '''
+from fedtune.flower.client import client_app
+from fedtune_app.toy import nan_mod, open_worker
+
+app = client_app(open_worker, mods=[nan_mod])
+'''
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Flower:
+    """One SuperLink's world: its folder, its environment, the programs in it."""
+
+    folder: Path
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    port: int = field(default_factory=free_port)
+
+    def __post_init__(self) -> None:
+        self.home = self.folder / "flwr"
+        self.home.mkdir(parents=True)
+        self.connect("local", f'address = ":local:"')
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        private = ("PYTHONPATH", "FLWR_")
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(private)} | {
+            "PATH": path,
+            "FLWR_HOME": str(self.home),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(self.port),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "FEDTUNE_SOCKETS": str(self.folder / "sockets"),
+            "FEDTUNE_TEST": self.mark,
+            "OMP_NUM_THREADS": "1",
+        }
+        (self.folder / "sockets").mkdir()
+
+    def connect(self, name: str, lines: str) -> None:
+        """Adds a connection to Flower's configuration."""
+        with (self.home / "config.toml").open("a") as stream:
+            if stream.tell() == 0:
+                stream.write('[superlink]\ndefault = "local"\n')
+            stream.write(f"[superlink.{name}]\n{lines}\n")
+
+    def start(self, *command: str, log: str) -> subprocess.Popen[bytes]:
+        """Starts a program in the background."""
+        with (self.folder / log).open("wb") as stream:
+            return subprocess.Popen(command, env=self.env, cwd=self.folder, stdout=stream, stderr=stream)
+
+    def call(self, *command: str, timeout: float = 200) -> str:
+        """Runs a program to its end; returns what it said."""
+        done = subprocess.run(
+            command, env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=timeout, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def run(self, app: Path, connection: str, config: dict[str, object], nodes: int = 0, timeout: float = 200) -> str:
+        """`flwr run`, to its end; returns its log."""
+        values = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+        extra = ["--federation-config", f"num-supernodes={nodes} client-resources-num-cpus=1"] if nodes else []
+        return self.call("flwr", "run", str(app), connection, "--stream", "--run-config", values, *extra, timeout=timeout)
+
+    def status(self, connection: str) -> str:
+        """Status of the newest run."""
+        listed = json.loads(self.call("flwr", "ls", connection, "--format", "json"))
+        return str(max(listed["runs"], key=lambda run: run["created-at"])["status"])
+
+    def processes(self) -> dict[int, str]:
+        """Processes of this world that live: number to command line."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"FEDTUNE_TEST={self.mark}".encode() in (path / "environ").read_bytes():
+                    found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+        return found
+
+    def stop(self) -> None:
+        """Ends everything that was started here."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for pid in self.processes():
+                try:
+                    os.kill(pid, number)
+                except ProcessLookupError:
+                    continue
+            until = time.monotonic() + 10
+            while self.processes() and time.monotonic() < until:
+                time.sleep(0.1)
+        assert not self.processes()
+
+    def report(self, folder: Path) -> SimpleNamespace:
+        """What a run folder says."""
+        events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+        rounds = [json.loads(p.read_text()) for p in sorted(folder.glob("rounds/*/round.json"))]
+        ledger = (folder / "ledger.csv").read_text()
+        return SimpleNamespace(events=events, rounds=rounds, ledger=ledger, last=events[-1])
+
+
+@pytest.fixture(scope="module")
+def flower(tmp_path_factory):
+    world = Flower(tmp_path_factory.mktemp("flower"))
+    try:
+        yield world
+    finally:
+        world.stop()
+
+
+@pytest.fixture(scope="module")
+def app(flower):
+    """A Flower app whose nodes are toys."""
+    from fedtune.config import Config
+    from fedtune.flower.app import write_app
+    from fedtune.testing import toy_base
+
+    folder = flower.folder / "app"
+    write_app(folder, Config())
+    (folder / "fedtune_app" / "toy.py").write_text(TOY)
+    (folder / "fedtune_app" / "client_app.py").write_text(CLIENT_APP)
+    toy_base(flower.folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pki(flower):
+    """A certificate authority, a server's certificate, and node keys."""
+    folder = flower.folder / "pki"
+    folder.mkdir()
+
+    def openssl(*args: str) -> None:
+        flower.call("openssl", *args)
+
+    if shutil.which("openssl") is None or shutil.which("ssh-keygen") is None:
+        pytest.skip("needs openssl and ssh-keygen to make certificates")
+    names = folder / "san.cnf"
+    names.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+    openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+            "-subj", "/CN=test", "-keyout", f"{folder}/ca.key", "-out", f"{folder}/ca.pem")  # fmt: skip
+    openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=localhost",
+            "-keyout", f"{folder}/server.key", "-out", f"{folder}/server.csr")  # fmt: skip
+    openssl("x509", "-req", "-in", f"{folder}/server.csr", "-CA", f"{folder}/ca.pem", "-CAkey", f"{folder}/ca.key",
+            "-CAcreateserial", "-days", "2", "-extfile", str(names), "-out", f"{folder}/server.pem")  # fmt: skip
+    for node in range(2):
+        flower.call("ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", f"{folder}/node{node}")
+    return folder
