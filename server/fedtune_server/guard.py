@@ -3,7 +3,7 @@
 import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
@@ -15,7 +15,7 @@ from fedtune_server.engine import DuplicateError
 from fedtune_server.run import Run
 
 T = TypeVar("T")
-Context = grpc.aio.ServicerContext[object, bytes | Message]
+Context: TypeAlias = "grpc.aio.ServicerContext[object, bytes | Message]"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from fedtune.errors import FedtuneError
 from fedtune_server.coordinator import Coordinator
 from fedtune_server.guard import DEFAULT_PATIENCE, Patience
 from fedtune_server.listen import credentials
-from fedtune_server.run import COMPLETED, Run, open_run
+from fedtune_server.run import Run, open_run
 
 
 def serve(config: Config, patience: Patience = DEFAULT_PATIENCE) -> int:
@@ -24,7 +24,7 @@ def serve(config: Config, patience: Patience = DEFAULT_PATIENCE) -> int:
         credentials(config.server)
         run = open_run(config)
         try:
-            if not _over(run):
+            if not run.over:
                 asyncio.run(_serve(run, patience))
         finally:
             run.close()
@@ -52,10 +52,3 @@ def main(arguments: list[str] | None = None) -> int:
 
 async def _serve(run: Run, patience: Patience) -> None:
     await Coordinator(run, credentials(run.config.server), patience).serve()
-
-
-def _over(run: Run) -> bool:
-    """Whether nothing is left to do: every round closed, results written, clients told."""
-    if run.outcome == COMPLETED and not run.complete:
-        run.set_meta(outcome="", dismissed="")  # rounds.count was raised: the run goes on
-    return run.outcome == COMPLETED and run.meta.get("dismissed") == "1"

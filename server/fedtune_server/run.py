@@ -58,6 +58,11 @@ class Run:
         """Whether every round of the configuration is closed."""
         return self.version.number >= self.config.rounds.count
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to do: every round closed, results written, clients told."""
+        return self.outcome == COMPLETED and self.meta.get("dismissed") == "1"
+
     def set_meta(self, **values: str) -> None:
         """Records settings durably; raises StorageError when the disk refuses."""
         self.store.call(records.write_meta(values))
@@ -91,7 +96,10 @@ def open_run(config: Config) -> Run:
         meta = _create(shared, base, store, folder)
     version = _version(shared, base, store, blobs)
     book = Book(store.call(records.read_ledger))
-    return Run(config, shared, base, store, blobs, Events(folder), book, version, meta["run_id"], meta, lock)
+    run = Run(config, shared, base, store, blobs, Events(folder), book, version, meta["run_id"], meta, lock)
+    if run.outcome == COMPLETED and not run.complete:
+        run.set_meta(outcome="", dismissed="")  # rounds.count was raised: the run goes on
+    return run
 
 
 def _lock(folder: Path) -> IO[bytes]:

@@ -45,7 +45,7 @@ def build(run: Run, control: Control, transfer: Transfer, health: Health) -> grp
     return server
 
 
-def _handlers(run: Run, control: Control, transfer: Transfer) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+def _handlers(run: Run, control: Control, transfer: Transfer) -> "dict[str, grpc.RpcMethodHandler[Any, Any]]":
     async def join(_: object, context: Context) -> None:
         await guarded(run, context, lambda: control.join(context))
 
