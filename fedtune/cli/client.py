@@ -21,7 +21,9 @@ def client(
     Reads `[client]` and `[data]`; method, training and model come from the coordinator. It reconnects by itself, and
     keeps a finished update on disk until the coordinator has acknowledged it.
 
-    Example: `fedtune client client.toml --set client.address=coordinator.example:7070`
+    Example:
+
+    * `fedtune client client.toml --set client.address=coordinator.example:7070`
     """
     from fedtune.config import load
     from fedtune.config.members import member_config

@@ -1,8 +1,12 @@
 """What every command prints with, and how numbers are written for people."""
 
+import sys
+
 from rich.console import Console
 
-out = Console(highlight=False, soft_wrap=False)
+_PLAIN_WIDTH = 100
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 err = Console(stderr=True, highlight=False)
 
 

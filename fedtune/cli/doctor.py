@@ -28,7 +28,10 @@ def doctor(
 
     Ends with exit code 1 when something must be mended first. Without CONFIG, `--fetch` gets the demo's model and data.
 
-    Examples: `fedtune doctor`, `fedtune doctor config.toml --fetch`
+    Examples:
+
+    * `fedtune doctor`
+    * `fedtune doctor config.toml --fetch`
     """
     from fedtune.cli.check_machine import FAIL
 

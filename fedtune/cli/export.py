@@ -25,7 +25,10 @@ def export(
 ) -> None:
     """Copy an adapter out of a run, or merge it into its base model.
 
-    Examples: `fedtune export runs/demo adapter`, `fedtune export runs/demo model --merge --dtype bfloat16`
+    Examples:
+
+    * `fedtune export runs/demo adapter`
+    * `fedtune export runs/demo model --merge --dtype bfloat16`
     """
     adapter = find_adapter(source, round_)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

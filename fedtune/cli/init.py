@@ -20,7 +20,10 @@ def init(
 ) -> None:
     """Write a commented configuration with every key and its default.
 
-    Examples: `fedtune init`, `fedtune init my.toml --data notes.jsonl`
+    Examples:
+
+    * `fedtune init`
+    * `fedtune init my.toml --data notes.jsonl`
     """
     from fedtune.config.template import demo as demo_values
     from fedtune.config.template import own_data, template
@@ -102,4 +105,4 @@ def _parquet(file: Path) -> list[str]:
     return list(parquet.read_schema(file).names)
 
 
-_READERS = {".jsonl": _jsonl, ".json": _jsonl, ".csv": _csv, ".parquet": _parquet}
+_READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".parquet": _parquet}

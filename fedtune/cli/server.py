@@ -12,7 +12,9 @@ def server(config: ConfigPath, set_: Sets = None) -> None:
 
     Stop it with Ctrl-C or SIGTERM and start it again: it continues the same run where it was.
 
-    Example: `fedtune server config.toml --set server.address=0.0.0.0:7070`
+    Example:
+
+    * `fedtune server config.toml --set server.address=0.0.0.0:7070`
     """
     from fedtune.config import load
 

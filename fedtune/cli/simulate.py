@@ -7,6 +7,7 @@ import typer
 
 from fedtune.cli.console import duration, err, figure, out, size
 from fedtune.cli.options import ConfigPath, Plain, Sets
+from fedtune.errors import ConfigError, ModelError, StorageError
 
 if TYPE_CHECKING:
     from fedtune.cli.heldout import HeldOut
@@ -28,7 +29,10 @@ def simulate(
     Everything is checked first, and model and data are fetched if they are missing. Ctrl-C stops it cleanly; the same
     command goes on where it stopped. The results, described in docs/results.md, are in `run.folder`.
 
-    Examples: `fedtune simulate config.toml`, `fedtune simulate config.toml --set rounds.count=5 --set run.folder=runs/5`
+    Examples:
+
+    * `fedtune simulate config.toml`
+    * `fedtune simulate config.toml --set rounds.count=5 --set run.folder=runs/5`
     """
     from fedtune.cli.prepare import admit_all, prepare
     from fedtune.config import load
@@ -64,15 +68,17 @@ def run_simulation(config: "Config", path: Path, overrides: list[str], evaluate:
         if held_out:
             with err.status("measuring the last rounds"):
                 held_out.finish()
-    finally:
+    except (ConfigError, ModelError, StorageError):
+        raise  # the folder may hold another run, or cannot be written
+    except BaseException:
         _report(config, held_out)
+        raise
+    _report(config, held_out)
     if held_out and held_out.error:
         raise held_out.error
 
 
-def _supervise(
-    config: "Config", path: Path, overrides: list[str], view: "RunView", held_out: "HeldOut | None"
-) -> None:
+def _supervise(config: "Config", path: Path, overrides: list[str], view: "RunView", held_out: "HeldOut | None") -> None:
     from fedtune.cli.prepare import for_simulation
     from fedtune.cli.programs import coordinator, host
     from fedtune.cli.supervise import Supervisor
@@ -97,7 +103,6 @@ def _supervise(
 
 def _report(config: "Config", held_out: "HeldOut | None") -> None:
     """Writes report.json and report.png from what there is, and prints the table."""
-    from fedtune.errors import StorageError
     from fedtune.report import collect, write_report
     from fedtune.report.evaluations import Evaluations
     from fedtune.report.plot import plot_report
@@ -117,9 +122,11 @@ def _report(config: "Config", held_out: "HeldOut | None") -> None:
 
 
 def _summary(report: "JsonObject", folder: Path) -> None:
-    from rich.table import Table
+    from rich.box import SIMPLE
+    from rich.table import Column, Table
 
-    table = Table("round", "held-out loss", "perplexity", "accuracy", "train loss", "up", "down", "time")
+    columns = ("round", "held-out", "perplexity", "accuracy", "train", "up", "down", "time")
+    table = Table(*(Column(name, no_wrap=True, justify="right") for name in columns), box=SIMPLE)
     base = report["held_out"]["base"]
     if base:
         table.add_row("base", *_figures(base), "", "", "", "")

@@ -27,7 +27,10 @@ def status(
 ) -> None:
     """Show rounds, clients and bytes of a run.
 
-    Examples: `fedtune status runs/demo`, `fedtune status coordinator.example:7070 --config client.toml`
+    Examples:
+
+    * `fedtune status runs/demo`
+    * `fedtune status coordinator.example:7070 --config client.toml`
     """
     if Path(run).is_dir():
         _show_folder(Path(run), json)

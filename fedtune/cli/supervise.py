@@ -71,18 +71,18 @@ class Supervisor:
 
     def _watch(self) -> None:
         while not self._over():
-            time.sleep(_LOOK_S)
-            self._look()
             self._progress()
-            if self._coordinator.code is not None:
+            if self._coordinator.code is not None and not self._over():
                 self._revive()
             elif self._host.code is not None and not self._finished:
                 self._clients_ended()
+            time.sleep(_LOOK_S)
 
     def _over(self) -> bool:
         """Whether the coordinator has ended because every round is closed."""
-        self._look()
-        return self._coordinator.code == 0 and (self._finished or not self._ready)
+        ended = self._coordinator.code == 0
+        self._look()  # after the code: what it wrote last must have been read
+        return ended and (self._finished or not self._ready)
 
     def _wait_ready(self) -> None:
         """Waits until the coordinator listens, or has ended because there is nothing left to do."""

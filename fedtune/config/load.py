@@ -73,7 +73,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
         parsed = tomllib.loads(f"value = {value.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
-    raw.setdefault(section, {})[field] = parsed
+    if isinstance(table := raw.setdefault(section, {}), dict):  # anything else is reported by `parse`
+        table[field] = parsed
 
 
 def _faults(error: ValidationError, raw: dict[str, Any], *section: str) -> list[str]:

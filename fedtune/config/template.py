@@ -6,6 +6,7 @@ Both are made from the dataclasses of `fedtune.config.schema` and their docstrin
 import dataclasses
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,18 @@ _HEADER = """\
 # A fedtune run. A line that starts with `#key =` shows a default: remove the `#` to change it.
 # Check the file and the machine with:  fedtune doctor {name}
 # Start it with:                        fedtune simulate {name}
+"""
+_PAGE = """\
+# Configuration
+
+One TOML file holds everything. `fedtune init` writes one with every key and its default, `fedtune doctor FILE` checks
+it, and `--set section.key=value` changes one setting for one command. The file is checked whole before anything heavy
+is loaded; all faults are reported together.
+
+`[method]`, `[training]`, `[model]` and `run.seed` are shared: the coordinator sends them to its clients, whose own are
+not looked at. Everything else concerns one machine. A run folder belongs to one set of shared settings.
+
+This page is made from the schema: `python -m fedtune.config.template > docs/configuration.md`.
 """
 _SUMMARY = {
     "run": "what the run is called, where its results go, and its seed",
@@ -85,8 +98,8 @@ def template(values: Values, name: str = "config.toml") -> str:
 
 
 def reference() -> str:
-    """Returns the tables of every section as Markdown."""
-    parts = []
+    """Returns docs/configuration.md: the tables of every section as Markdown."""
+    parts = [_PAGE]
     for section in sections():
         if section != "method":
             parts.append(_table(f"## `[{section}]`: {_SUMMARY[section]}", keys(section)))
@@ -132,7 +145,9 @@ def _lines(section: str, values: Mapping[str, object]) -> Iterator[str]:
     shown = ""
     for key in keys(section):
         if key.text != shown:
-            yield from (f"{line}\n" for line in textwrap.wrap(key.text, 110, initial_indent="# ", subsequent_indent="# "))
+            yield from (
+                f"{line}\n" for line in textwrap.wrap(key.text, 110, initial_indent="# ", subsequent_indent="# ")
+            )
         shown = key.text
         if key.name in values:
             yield f"{key.name} = {toml_value(values[key.name])}\n"
@@ -154,3 +169,7 @@ def _default(field: "dataclasses.Field[Any]") -> object:
     """The default of a schema field, whether given plainly or through pydantic's `Field`."""
     default = field.default
     return getattr(default, "default", default) if type(default).__name__ == "FieldInfo" else default
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())
