@@ -18,6 +18,7 @@ from fedtune.errors import WireError, problem
 from fedtune.tensors import Array
 
 LIMIT = 2048.0
+_BLOCK = 2**14
 MAX_TOTAL_WEIGHT = 2**31 - 1  # `fedtune.rounds.Round` sees to it
 
 
@@ -38,13 +39,19 @@ class ExactSum:
 
 
 def add(total: ExactSum | None, values: Array, weight: int, name: str) -> ExactSum:
-    """Adds `weight * values`; raises WireError for a magnitude of 2048 and more."""
+    """Adds `weight * values` into `total`, in place, and returns it; None starts a new sum.
+
+    Raises:
+        WireError: a magnitude of 2048 and more; `total` is as it was.
+    """
     check_magnitude(values, name)
-    x = values.astype(np.float64)
-    high = np.rint(x * 2.0**20)
-    low = np.rint((x - high * 2.0**-20) * 2.0**52)
-    terms = ExactSum(high.astype(np.int64) * weight, low.astype(np.int64) * weight)
-    return terms if total is None else ExactSum(total.high + terms.high, total.low + terms.low)
+    if total is None:
+        total = ExactSum(np.zeros(values.shape, np.int64), np.zeros(values.shape, np.int64))
+    x, high, low = values.reshape(-1), total.high.reshape(-1), total.low.reshape(-1)
+    for start in range(0, x.size, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        _add_block(x[part], weight, high[part], low[part])
+    return total
 
 
 def check_magnitude(values: Array, name: str, scale: float = 1.0) -> None:
@@ -53,3 +60,16 @@ def check_magnitude(values: Array, name: str, scale: float = 1.0) -> None:
         largest = max(float(values.max()), -float(values.min())) * scale
         if largest >= LIMIT:
             raise WireError(problem(name, f"magnitudes below {LIMIT:.0f}", largest, "Training diverged"))
+
+
+def _add_block(x: Array, weight: int, high: npt.NDArray[np.int64], low: npt.NDArray[np.int64]) -> None:
+    """Adds a block small enough to stay in the cache through all of its passes; every step but `rint` is exact."""
+    rest = x.astype(np.float64)
+    rest *= 2.0**20
+    digit = np.rint(rest)
+    rest -= digit
+    rest *= 2.0**32
+    for total, value in ((high, digit), (low, np.rint(rest))):
+        term = value.astype(np.int64)
+        term *= weight
+        total += term

@@ -91,7 +91,10 @@ class Method(ABC):
 
     @abstractmethod
     def fold(self, total: Any, update: Tensors, member: Member, weight: int) -> Any:
-        """Adds one update to the running total (None at first). Order must not matter."""
+        """Adds one update to the running total (None at first), which may be changed in place; order must not matter.
+
+        What raises must leave the total as it was.
+        """
 
     @abstractmethod
     def finish(self, state: Tensors, total: Any, weight: int) -> Tensors:

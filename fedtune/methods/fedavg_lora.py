@@ -69,7 +69,9 @@ class FedAvgLoRA(Method):
         return state
 
     def fold(self, total: Total | None, update: Tensors, member: Member, weight: int) -> Total:
-        """Adds weight * A and weight * B as integers."""
+        """Adds weight * A and weight * B as integers, into `total` itself; a value too large changes nothing."""
+        for name, array in update.items():
+            exact.check_magnitude(array, f"{name} of {member.id}")
         return {
             name: exact.add(total[name] if total else None, array, weight, f"{name} of {member.id}")
             for name, array in update.items()

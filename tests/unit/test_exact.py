@@ -112,12 +112,29 @@ def test_odd_shapes_pass(shape):
     assert exact.add(None, x, 2, "x").mean(2, F32).shape == shape
 
 
-def test_add_changes_neither_the_total_nor_the_values():
+def test_add_changes_the_total_and_not_the_values():
     x = np.ones(2, np.float32)
     total = exact.add(None, x, 1, "x")
-    exact.add(total, x, 5, "x")
-    assert total.high.tolist() == [2**20, 2**20]
+    assert exact.add(total, x, 5, "x") is total
+    assert total.high.tolist() == [6 * 2**20, 6 * 2**20]
     assert x.tolist() == [1, 1]
+
+
+def test_a_refused_value_leaves_the_total_as_it_was():
+    total = exact.add(None, np.ones(2, np.float32), 1, "x")
+    with pytest.raises(WireError):
+        exact.add(total, np.array([1, 2048], np.float32), 5, "x")
+    assert total.high.tolist() == [2**20, 2**20]
+
+
+@pytest.mark.parametrize("size", [2**14 - 1, 2**14, 2**14 + 1, 3 * 2**14 + 5])
+def test_large_arrays_are_summed_as_small_ones_are(size):
+    x = np.random.Generator(np.random.Philox(key=size)).normal(size=size).astype(np.float32)
+    total = exact.add(exact.add(None, x, 3, "x"), x[::-1], 2, "x")
+    for part in (slice(0, 7), slice(size - 7, size), slice(size // 2, size // 2 + 7)):
+        small = exact.add(exact.add(None, x[part], 3, "x"), x[::-1][part], 2, "x")
+        assert np.array_equal(small.high, total.high[part])
+        assert np.array_equal(small.low, total.low[part])
 
 
 @pytest.mark.parametrize(("scale", "fails"), [(1.0, False), (1.99, False), (2.0, True), (float("inf"), True)])

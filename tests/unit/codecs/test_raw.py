@@ -165,9 +165,9 @@ def _fuzz(make, tries, seed):
     manifest = method.template(state[1], member)
     good = {s.name: rng.normal(0, 0.1, s.shape).astype(DTYPES[s.dtype]) for s in manifest.specs}
     payload = b"".join(method.encode(good, manifest))
-    current = Round(method, state[1], 1)
-    current.add(Member("first", member.rank, member.alpha), payload, 5)
+    first = Member("first", member.rank, member.alpha)
     taken = refused = 0
+    current = _round(method, state[1], first, payload)
     before = digest(current.close())
     for _ in range(tries):
         total, weight, members = current.total, current.weight, list(current.members)
@@ -175,12 +175,21 @@ def _fuzz(make, tries, seed):
             current.add(member, _mutate(rng, payload), 3)
         except WireError:
             refused += 1
-            assert (current.total, current.weight, current.members) == (total, weight, members)
+            assert current.total is total
+            assert (current.weight, current.members) == (weight, members)
+            if refused % 100 == 0:
+                assert digest(current.close()) == before
         else:
             taken += 1
-            current.total, current.weight, current.members = total, weight, members
+            current = _round(method, state[1], first, payload)
     assert digest(current.close()) == before
     return taken, refused
+
+
+def _round(method, state, member, payload):
+    current = Round(method, state, 1)
+    current.add(member, payload, 5)
+    return current
 
 
 def _flora(base):
