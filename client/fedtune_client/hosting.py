@@ -65,6 +65,7 @@ def host(config: Config, address: str, open_worker: "OpenWorker") -> int:
     finally:
         family.end()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        gc.unfreeze()
 
 
 @dataclass

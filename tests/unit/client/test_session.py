@@ -256,3 +256,19 @@ def test_an_update_found_on_disk_is_sent_instead_of_trained(config, coordinator,
     assert second.trainings == 1
     assert coordinator.submits[0].sha256 == coordinator.submits[1].sha256
     assert coordinator.digests == [r.digest for r in oracle(config, 2).rounds]
+
+
+def test_a_large_broadcast_goes_through_a_file(config, coordinator, toy, monkeypatch):
+    monkeypatch.setattr("fedtune_client.transfer.IN_MEMORY", 0)
+    assert run(at(config, coordinator), open_worker=toy().open) == 0
+    assert coordinator.digests == [r.digest for r in oracle(config, 2).rounds]
+    assert sorted(p.name for p in config.client.folder.iterdir()) == ["client.log", "lock", "outbox"]
+
+
+def test_a_broadcast_that_does_not_fit_on_the_disk_ends_the_client(config, coordinator, toy, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fedtune_client.transfer.IN_MEMORY", 0)
+    monkeypatch.setattr("fedtune_client.transfer.os.posix_fallocate", full)
+    assert run(at(config, coordinator), open_worker=toy().open) == 8
