@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -207,6 +208,36 @@ def test_clients_outlive_a_coordinator_that_is_killed_twice(coordinator, spawn, 
     assert exits == {"anna": 0, "bert": 0}
     assert len(trained) == 8  # four rounds of two: nothing was trained twice
     assert digests(served) == oracle(toml, ["anna", "bert"], 4)
+
+
+@pytest.mark.slow
+def test_ten_kills_of_the_coordinator_at_random_moments_change_no_bit(coordinator, spawn, tmp_path):
+    rounds = {"count": 30, "min_clients": 4}
+    served, toml = coordinator(rounds=rounds)
+    address, names, exits = served.address(), ["anna", "bert", "carl", "dora"], {}
+
+    def open_worker(config, shared, index, on_step):
+        return ToyWorker(Path(config.model.name), shared.seed, delay=lambda: time.sleep(0.1))
+
+    def play(name):
+        own = load(toml, (f"client.id={name}", f"client.folder={tmp_path / name}", f"client.address={address}"))
+        exits[name] = run(own, open_worker=open_worker)
+
+    threads = [threading.Thread(target=play, args=(name,), daemon=True) for name in names]
+    for thread in threads:
+        thread.start()
+    moments = random.Random(5)
+    for _ in range(10):
+        before = len(digests(served))
+        time.sleep(moments.uniform(0.0, 1.0))
+        served.kill()
+        served = spawn(rounds=rounds)
+        wait_until(lambda before=before, served=served: len(digests(served)) > before, 30)
+    assert served.wait(120) == 0
+    for thread in threads:
+        thread.join(20)
+    assert exits == dict.fromkeys(names, 0)
+    assert digests(served) == oracle(toml, names, 30)
 
 
 @pytest.mark.parametrize(
