@@ -34,16 +34,22 @@ def client_rows(config: Config, index: int | None = None) -> list[Row]:
     Raises:
         DataError: the data are missing or malformed, or cannot be dealt out so.
     """
-    rows, _ = _parted(config)
     if index is None:
-        return rows
-    kind = config.simulation.partition
-    column = {"label": with_columns(config.data).label, "natural": with_columns(config.data).client_key}.get(kind)
-    keys = [row[column] for row in rows] if column else None
-    parts = split(len(rows), config.simulation, _rng(config, "partition"), keys)
+        return _parted(config)[0]
+    parts = all_client_rows(config)
     if not 0 <= index < len(parts):
         raise DataError(problem("client index", f"0 to {len(parts) - 1}", index, "See simulation.clients"))
-    return [rows[i] for i in parts[index]]
+    return parts[index]
+
+
+def all_client_rows(config: Config) -> list[list[Row]]:
+    """Returns what `client_rows` returns for each client of the simulation, reading the data once."""
+    rows, _ = _parted(config)
+    data = with_columns(config.data)
+    column = {"label": data.label, "natural": data.client_key}.get(config.simulation.partition)
+    keys = [row[column] for row in rows] if column else None
+    parts = split(len(rows), config.simulation, _rng(config, "partition"), keys)
+    return [[rows[i] for i in part] for part in parts]
 
 
 def held_out_rows(config: Config) -> list[Row]:

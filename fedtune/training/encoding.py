@@ -32,7 +32,7 @@ class Encoded:
         at: places whose prediction is learned (M,).
         targets: token each of those places should predict (M,).
         positions: place of each token in its own text (T,).
-        branches: 0 for tokens that all others see; k > 0 for those that only branch k sees (T,).
+        branches: 0 for the trunk, which all branches see; k > 0 for branch k, which only itself sees (T,).
         target_branches: branch of each target (M,).
     """
 
@@ -77,7 +77,7 @@ def encode_rows(
     """
     cut = [_pieces(row, tokenizer, data) for row in rows]
     texts = [piece.text for pieces in cut for piece in pieces]
-    tokens = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    tokens = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
     encoded = []
     for number, pieces in enumerate(cut, 1):
         parts = [(list(next(tokens)), piece.learned) for piece in pieces]
@@ -85,6 +85,27 @@ def encode_rows(
         if not len(encoded[-1].at):
             raise DataError(problem(f"row {number}", "something to learn after cutting", "nothing"))
     return encoded
+
+
+def fork(options: Sequence[Encoded]) -> Encoded:
+    """Joins encodings of one prompt with different answers into a tree: the prompt once, a branch for each answer.
+
+    Long rows keep the end of their prompt; the shortest one kept is kept for all.
+    """
+    prompts = [option.ids[: option.at[0] + 1] for option in options]
+    prompt = min(prompts, key=len)
+    place = len(prompt)
+    parts: list[list[Ints]] = [[prompt], [], [], [np.arange(place)], [np.zeros(place, np.int64)], []]
+    length = place
+    for branch, option in enumerate(options, 1):
+        answer = option.ids[option.at[0] + 1 :]
+        inside = option.at[1:] - option.at[0] - 1 + length
+        count = len(option.at)
+        new = answer, np.array([place - 1, *inside]), option.targets, place + np.arange(len(answer))
+        for part, piece in zip(parts, (*new, np.full(len(answer), branch), np.full(count, branch)), strict=True):
+            part.append(piece)
+        length += len(answer)
+    return Encoded(*(np.concatenate(part) for part in parts))
 
 
 def _pieces(row: Row, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[_Piece]:

@@ -53,7 +53,7 @@ class Scorer:
             inputs["position_ids"] = torch.from_numpy(batch.positions).to(device)
             inputs["attention_mask"] = visible(batch).to(device)
         else:
-            inputs["attention_mask"] = torch.from_numpy((batch.segments >= 0).astype(np.int64)).to(device)
+            inputs["attention_mask"] = torch.from_numpy((batch.blocks != 0).astype(np.int64)).to(device)
         if self.short_head:
             hidden = self.model.base_model(**inputs)[0]
             logits = self.model.get_output_embeddings()(hidden.flatten(0, 1)[at])
@@ -64,14 +64,13 @@ class Scorer:
 
 
 def visible(batch: Batch) -> torch.Tensor:
-    """Says which tokens a token sees (N, 1, T, T): earlier ones of its own row, of its own branch or of none.
+    """Says which tokens a token sees (N, 1, T, T): earlier ones, of its own block or of those above.
 
     Padding sees earlier padding, so no line of the mask is empty.
     """
-    segments, branches = torch.from_numpy(batch.segments), torch.from_numpy(batch.branches)
-    same = segments[:, :, None] == segments[:, None, :]
-    shared = (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
-    return (same & shared).tril()[:, None]
+    blocks = batch.blocks
+    line = np.arange(len(blocks))[:, None, None]
+    return torch.from_numpy(batch.sees[line, blocks[:, :, None], blocks[:, None, :]]).tril()[:, None]
 
 
 def _agrees(scorer: Scorer, batch: Batch, expected: torch.Tensor) -> bool:

@@ -1,5 +1,7 @@
 """A client's model, data and hyper-parameters in memory, ready for one round after another."""
 
+from collections.abc import Sequence
+
 import torch
 
 from fedtune.base import open_base
@@ -10,7 +12,7 @@ from fedtune.rounds import job_seed
 from fedtune.tensors import Array, Tensors
 from fedtune.training.adapt import Bench, fit_adapter
 from fedtune.training.data import client_rows, with_columns
-from fedtune.training.encoding import encode_rows
+from fedtune.training.encoding import Row, encode_rows
 from fedtune.training.job import TorchJob
 from fedtune.training.merging import MergedBase
 from fedtune.training.models import choose_device, load_model, resolve_model
@@ -42,7 +44,12 @@ class TorchWorker:
 
     @classmethod
     def open(
-        cls, config: Config, shared: Shared, index: int | None = None, on_step: OnStep | None = None
+        cls,
+        config: Config,
+        shared: Shared,
+        index: int | None = None,
+        on_step: OnStep | None = None,
+        rows: Sequence[Row] | None = None,
     ) -> "TorchWorker":
         """Loads model and data.
 
@@ -51,13 +58,14 @@ class TorchWorker:
             shared: model, training and seed as the coordinator gave them.
             index: which part of `[simulation]`'s partition is this client's; None means all of its data.
             on_step: told of every training step.
+            rows: take the place of the configured data.
 
         Raises:
             FedtuneError: model or data are missing or unusable.
         """
         if config.client.threads:
             torch.set_num_threads(config.client.threads)
-        rows = client_rows(config, index)
+        rows = client_rows(config, index) if rows is None else rows
         folder = resolve_model(shared.model.name, shared.model.revision)
         digest = open_base(folder).digest
         model, tokenizer = load_model(folder, shared.model.dtype, choose_device(config.client.device))

@@ -1,0 +1,69 @@
+"""Training in one place (`fedtune train`), by the very steps that a federation of one client takes in one round."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedtune.base import open_base
+from fedtune.config import Config, Shared
+from fedtune.config.members import member_ids
+from fedtune.errors import ProtocolError, problem
+from fedtune.lora import layers_of, save_peft
+from fedtune.method import Member
+from fedtune.rounds import Replica, Round
+from fedtune.tensors import Tensors
+from fedtune.training.encoding import Row
+from fedtune.training.models import resolve_model
+from fedtune.training.worker import TorchWorker
+from fedtune.worker import OnStep
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter (`layer/A`, `layer/B`), the client it was trained as, and the metrics of its training."""
+
+    factors: Tensors
+    member: Member
+    metrics: dict[str, float]
+
+    def save(self, config: Config, folder: Path) -> None:
+        """Writes the adapter as a PEFT directory, with its own rank and alpha."""
+        save_peft(
+            folder,
+            self.factors,
+            rank=self.member.rank,
+            alpha=self.member.alpha,
+            rslora=bool(getattr(config.method, "rslora", False)),
+            base_model=config.model.name,
+        )
+
+
+def train_centralised(
+    config: Config, rows: Sequence[Row] | None = None, on_step: OnStep | None = None, index: int | None = None
+) -> Trained:
+    """Trains one adapter for one round: `training.steps` or `training.epochs`, from `run.seed`.
+
+    Guarantees: the factors are bit for bit those of the only client of a federation after its first round, on the same
+    kind of machine with the same number of arithmetic threads (`client.threads`, or else `simulation.threads`).
+
+    Args:
+        config: the run.
+        rows: what to train on; None means the configured data.
+        on_step: told of every step.
+        index: train on this simulated client's part of the configured data only, as that client.
+
+    Raises:
+        FedtuneError: model or data are missing or unusable, or training fails.
+    """
+    threads = config.client.threads or config.simulation.threads
+    config = replace(config, client=replace(config.client, threads=threads))
+    worker = TorchWorker.open(config, Shared.of(config), index, on_step, rows)
+    base = open_base(resolve_model(config.model.name, config.model.revision), config.model.name)
+    member = config.method.admit(Member(member_ids(config)[index or 0], config.client.rank, config.client.alpha))
+    first = Round(config.method, config.method.init(base, config.run.seed), 1)
+    task, job = first.task(member), worker.job(config.method, member, 1)
+    Replica().install(config.method, task, job)
+    update = config.method.client_update(job, task.update)
+    if not layers_of(update):
+        raise ProtocolError(problem("method.name", "a method that trains LoRA factors", config.method.name))
+    return Trained(update, member, worker.metrics)
