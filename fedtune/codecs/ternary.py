@@ -1,0 +1,126 @@
+"""ComPEFT's ternary codec, written out to the last bit (Yadav et al. 2023, arXiv 2311.13171).
+
+Of an update only the largest magnitudes are kept, a share `density` of them, and of those only the sign; one scale
+stands for all magnitudes. A share p of n values costs n (H(p) + p) bits at least, H the binary entropy; the bytes
+written by `ternary_format.py` stay within two per cent of the sum of that over the tensors (`benchmarks/ternary.py`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Literal
+
+import numpy as np
+
+from fedtune.codecs.signs import Code, size_of
+from fedtune.codecs.ternary_format import DENSE, floating, largest, pack, unpack
+from fedtune.codecs.top import Cut, Moments, find_cut, kept_count, moments, select, select_dense, share_above, working
+from fedtune.errors import ConfigError, problem
+from fedtune.tensors import Array, Manifest, Tensors, TensorSpec, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ternary:
+    """Top share, sign and scale.
+
+    Attributes:
+        density: share of the values that is kept, 0 to 1.
+        alpha: the scale is this times what `scale` says.
+        scale: `std` of all values, kept or not, as in the paper; or `least-squares`, the mean magnitude of the kept
+            ones, which loses least for alpha 1.
+        top: the largest magnitudes of the whole `vector` are kept, as in the paper, or of each `tensor`.
+        sigma: one scale for the whole `vector`, as in the paper, or one for each `tensor`.
+    """
+
+    density: float = 0.1
+    alpha: float = 1.0
+    scale: Literal["std", "least-squares"] = "std"
+    top: Literal["vector", "tensor"] = "vector"
+    sigma: Literal["vector", "tensor"] = "vector"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.density <= 1:
+            raise ConfigError(problem("density", "a number from 0 to 1", self.density))
+        if not (isfinite(self.alpha) and self.alpha > 0):
+            raise ConfigError(problem("alpha", "a number above 0", self.alpha))
+
+    def encode(self, tensors: Tensors, manifest: Manifest) -> Iterator[memoryview | bytes]:
+        """Yields the bytes of the compressed tensors; integer tensors travel unchanged."""
+        yield from pack(self.compress(tensors, manifest), tensors, manifest, self.sigma == "tensor")
+
+    def decode(self, payload: memoryview | bytes, manifest: Manifest) -> dict[str, Array]:
+        """Reads tensors; raises WireError on any bytes that are not a payload for `manifest`."""
+        codes, loose = unpack(payload, manifest)
+        values = {code.spec.name: code.values() for code in codes} | loose
+        return {spec.name: values[spec.name] for spec in manifest.specs}
+
+    def largest(self, manifest: Manifest) -> int:
+        """Returns the most bytes a payload for `manifest` can have."""
+        return largest(manifest)
+
+    def compress(self, tensors: Tensors, manifest: Manifest) -> list[Code]:
+        """Chooses places, signs and scales of the floating tensors.
+
+        Raises:
+            WireError: `tensors` do not fit `manifest`, or hold a value that is not finite.
+        """
+        check(tensors, manifest, "update")
+        specs = floating(manifest)
+        wide = any(spec.dtype == "float64" for spec in specs)
+
+        def part(spec: TensorSpec) -> Array:
+            flat = working(tensors[spec.name])
+            return flat.astype(np.float64, copy=False) if wide else flat
+
+        picked = self._pick(specs, part)
+        return [_with_scale(*item) for item in zip(picked, self._scales(picked, part), strict=True)]
+
+    def _pick(self, specs: Sequence[TensorSpec], part: Callable[[TensorSpec], Array]) -> list[Code]:
+        """Chooses what is kept; the scales are still 0."""
+        codes = []
+        cut = Cut(0.0, 0)
+        if self.top == "vector":
+            count = kept_count(self.density, sum(size_of(spec) for spec in specs))
+            cut = find_cut([part(spec) for spec in specs], count)
+        for spec in specs:
+            flat = part(spec)
+            if self.top == "tensor":
+                cut = find_cut([flat], kept_count(self.density, flat.size))
+            code, cut = _picked(spec, flat, cut)
+            codes.append(code)
+        return codes
+
+    def _scales(self, codes: Sequence[Code], part: Callable[[TensorSpec], Array]) -> list[float]:
+        """Computes the scale of each tensor, in float64."""
+        measure = _mean_kept if self.scale == "least-squares" else _deviation
+        each = [measure(code, part(code.spec)) for code in codes]
+        if self.sigma == "vector":
+            total = Moments()
+            for one in each:
+                total = total.plus(one)
+            each = [total] * len(each)
+        return [self.alpha * (one.mean if self.scale == "least-squares" else one.std) for one in each]
+
+
+def _picked(spec: TensorSpec, flat: Array, cut: Cut) -> tuple[Code, Cut]:
+    """Keeps what is beyond the cut, in whichever form is likely to be written."""
+    if share_above(flat, cut) >= DENSE:
+        signs, left = select_dense(flat, cut)
+        return Code(spec, int(np.count_nonzero(signs)), 0.0, signs), left
+    positions, left = select(flat, cut)
+    signs = np.int8(1) - 2 * np.signbit(flat[positions]).view(np.int8)
+    return Code(spec, positions.size, 0.0, signs, positions), left
+
+
+def _deviation(code: Code, flat: Array) -> Moments:
+    return moments(flat)
+
+
+def _mean_kept(code: Code, flat: Array) -> Moments:
+    """Moments of the kept magnitudes; only count and mean are used."""
+    kept = flat[code.positions] if code.positions is not None else flat[code.signs != 0]
+    return Moments(kept.size, float(np.abs(kept).sum(dtype=np.float64)) / max(kept.size, 1))
+
+
+def _with_scale(code: Code, scale: float) -> Code:
+    return Code(code.spec, code.count, scale if code.count else 0.0, code.signs, code.positions)

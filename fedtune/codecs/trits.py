@@ -1,0 +1,64 @@
+"""Dense signs as bytes: five values of -1, 0, 1 to a byte, then Huffman codes.
+
+A vector is padded with zeros to 5 m values; byte i holds the values i, m + i, ..., 4 m + i, so that packing is five
+passes over contiguous memory. A value is the digit 0, 1 (plus) or 2 (minus); the first is worth 1, the next 3, 9, 27
+and 81.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedtune.codecs.gaps import Signs
+from fedtune.codecs.reader import Deflater, Reader
+from fedtune.errors import WireError, problem
+from fedtune.tensors import Array
+
+DIGITS = 5
+_BASE = 3
+_BLOCK = 1 << 15
+
+
+def encode(vectors: Sequence[Signs], counts: Sequence[int]) -> bytes:
+    """Writes vectors of -1, 0 and 1; `counts` say how many values of each are not zero."""
+    deflater = Deflater()
+    for signs, count in zip(vectors, counts, strict=True):
+        deflater.begin(count / signs.size)
+        _pack(signs, deflater)
+    return deflater.section()
+
+
+def decode(reader: Reader, sizes: Sequence[int]) -> list[Signs]:
+    """Reads vectors of `sizes` values; raises WireError when bytes or padding are none that `encode` writes."""
+    widths = [-(-size // DIGITS) for size in sizes]
+    data: Array = np.frombuffer(reader.inflate(sum(widths), sum(widths), "trits"), np.uint8)
+    if data.size and int(data.max()) >= _BASE**DIGITS:
+        raise WireError(problem("trits", f"bytes below {_BASE**DIGITS}", int(data.max())))
+    parts = np.split(data, np.cumsum(widths)[:-1])
+    return [_unpack(part, size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def _pack(signs: Signs, deflater: Deflater) -> None:
+    width = -(-signs.size // DIGITS)
+    planes = [signs[i * width : (i + 1) * width] for i in range(DIGITS)]
+    for at in range(0, width, _BLOCK):
+        total = np.zeros(min(_BLOCK, width - at), np.uint8)
+        for plane in reversed(planes):
+            part = plane[at : at + _BLOCK].view(np.uint8)
+            total *= _BASE
+            total[: part.size] += part & 1
+            total[: part.size] += part >> 7  # -1 is 255: 1 + 1
+        deflater.add(total)
+
+
+def _unpack(rest: Array, size: int) -> Signs:
+    signs = np.empty((DIGITS, rest.size), np.int8)
+    for plane in signs:
+        quotient = rest // np.uint8(_BASE)
+        digit = rest - quotient * np.uint8(_BASE)
+        np.subtract(digit & 1, digit >> 1, out=plane.view(np.uint8))  # 0, 1, 2 become 0, 1, -1
+        rest = quotient
+    flat = signs.reshape(-1)
+    if flat[size:].any():
+        raise WireError(problem("trits", "padding of 0", "something else"))
+    return flat[:size]

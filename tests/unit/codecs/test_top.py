@@ -1,0 +1,117 @@
+"""Selection against a full sort, and moments against float64, at sizes on both sides of every shortcut."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from fedtune.codecs.top import Cut, Moments, find_cut, kept_count, moments, select, select_dense, working
+
+FEW_VALUES = st.sampled_from([-2.0, -1.0, -0.0, 0.0, 0.5, 1.0, 2.0])
+
+
+def oracle(parts, count):
+    """Places that a stable sort by magnitude keeps, zeros never."""
+    magnitudes = np.abs(np.concatenate(parts)) if parts else np.zeros(0)
+    order = np.argsort(-magnitudes, kind="stable")[:count]
+    return np.sort(order[magnitudes[order] > 0])
+
+
+def chosen(parts, count, pick):
+    cut, found, start = find_cut(parts, count), [], 0
+    for part in parts:
+        places, cut = pick(part, cut)
+        found.append(places + start)
+        start += part.size
+    return np.concatenate(found)
+
+
+def sparse(part, cut):
+    return select(part, cut)
+
+
+def dense(part, cut):
+    signs, left = select_dense(part, cut)
+    places = np.flatnonzero(signs)
+    np.testing.assert_array_equal(signs[places], np.sign(part[places]))
+    return places, left
+
+
+@pytest.mark.parametrize("pick", [sparse, dense])
+@given(values=arrays(np.float32, st.integers(1, 60), elements=FEW_VALUES), data=st.data())
+def test_ties_are_kept_from_the_first_and_zeros_never(pick, values, data):
+    count = data.draw(st.integers(0, values.size + 2))
+    at = data.draw(st.integers(0, values.size))
+    parts = [values[:at], values[at:]]
+    np.testing.assert_array_equal(chosen(parts, count, pick), oracle(parts, count))
+
+
+LARGE = 300_001
+
+
+def large(kind):
+    rng = np.random.Generator(np.random.Philox(5))
+    values = rng.normal(size=LARGE).astype(np.float32)
+    if kind == "ties":
+        values = np.round(values * 4) / 4
+    if kind == "equal":
+        values[:] = -3
+    if kind == "sorted":
+        values.sort()
+    if kind == "misleading":  # one value in every step of the sample is huge, so that the bracket is wrong
+        values[:: LARGE // (1 << 16) | 1] = 1000.0
+    if kind == "float64":
+        values = values.astype(np.float64) * 1e-300
+    if kind == "spiked":
+        values[:] = 0
+        values[7::1000] = rng.normal(size=values[7::1000].size)
+    return values
+
+
+@pytest.mark.parametrize("pick", [sparse, dense])
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "sorted", "misleading", "float64", "spiked"])
+@pytest.mark.parametrize("count", [1, 17, 3000, 60_000, 150_000, LARGE - 1, LARGE])
+def test_large_vectors_are_cut_exactly(kind, count, pick):
+    values = large(kind)
+    parts = [values[:100_000], values[100_000:100_000], values[100_000:]]
+    np.testing.assert_array_equal(chosen(parts, count, pick), oracle(parts, count))
+
+
+def test_nothing_is_kept_of_nothing():
+    assert find_cut([], 0) == Cut(np.inf, 0)
+    assert find_cut([np.zeros(0, np.float32)], 3) == Cut(0.0, 0)
+    assert select(np.zeros(0, np.float32), Cut(0.0, 0))[0].size == 0
+
+
+@pytest.mark.parametrize(
+    ("density", "size", "count"),
+    [(0, 10, 0), (1e-9, 10, 1), (0.05, 100, 5), (0.07, 100, 7), (1, 7, 7), (0.5, 0, 0), (0.999, 10, 10)],
+)
+def test_densities_become_counts(density, size, count):
+    assert kept_count(density, size) == count
+
+
+@settings(max_examples=50)
+@given(arrays(np.float32, st.integers(0, 50), elements=st.floats(-1e6, 1e6, width=32)), st.integers(0, 50))
+def test_moments_of_parts_join_to_those_of_the_whole(values, at):
+    joined = moments(values[:at]).plus(moments(values[at:]))
+    wide = values.astype(np.float64)
+    assert joined.count == values.size
+    if values.size > 1:
+        assert joined.std == pytest.approx(wide.std(ddof=1), rel=1e-10, abs=1e-9)
+
+
+def test_the_deviation_of_a_large_vector_far_from_zero_is_exact():
+    values = (np.random.Generator(np.random.Philox(3)).normal(size=LARGE) + 1e4).astype(np.float32)
+    assert moments(values).std == pytest.approx(values.astype(np.float64).std(ddof=1), rel=1e-12)
+
+
+def test_one_value_has_no_deviation():
+    assert moments(np.ones(1, np.float32)).std == 0.0
+    assert Moments().std == 0.0
+
+
+def test_narrow_types_are_worked_on_as_float32():
+    assert working(np.ones((2, 3), np.float16)).dtype == np.float32
+    assert working(np.ones((2, 3), np.float64)).dtype == np.float64
