@@ -17,10 +17,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from fedtune.config import Config, Shared
 from fedtune.errors import FedtuneError, problem
 from fedtune.flower.settings import read_identity
 from fedtune.flower.station import OpenWorker, Station
 from fedtune.flower.visit import BYE, read, send
+from fedtune.worker import OnStep, Worker
 
 LOOK_S = 0.5
 """Seconds between looks at whether the worker is still wanted."""
@@ -65,11 +67,13 @@ class Resident:
 
     def _answer(self, connection: socket.socket) -> bool:
         """Answers one request; returns False when it was the last."""
+        go_on = True
         with contextlib.suppress(OSError, EOFError):  # who asked is gone, and the answer with it
             header, body = read(connection)
             if header["stype"] == BYE:
+                go_on = False
                 send(connection, {"stype": BYE}, b"")
-                return False
+                return go_on
             try:
                 stype, answer = self._open(header).answer(header["stype"], header["turn"], body)
                 send(connection, {"stype": stype}, answer)
@@ -78,7 +82,7 @@ class Resident:
                     raise EOFError from error
                 traceback.print_exc()
                 send(connection, {"error": f"{type(error).__name__}: {error}"}, b"")
-        return True
+        return go_on
 
     def _open(self, header: dict[str, Any]) -> Station:
         if self._station is None:
@@ -113,9 +117,7 @@ class _HungUpError(Exception):
 def find_opener(place: list[str] | None) -> OpenWorker:
     """Finds the function that opens model and data: fedtune's own, or the one at `[folder, module, name]`."""
     if place is None:
-        from fedtune.training.worker import TorchWorker
-
-        return TorchWorker.open
+        return _open_torch
     folder, module, name = place
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -126,6 +128,13 @@ def find_opener(place: list[str] | None) -> OpenWorker:
         raise FedtuneError(problem("open_worker", f"a function {name} in {module}", found))
     opener: OpenWorker = found
     return opener
+
+
+def _open_torch(config: Config, shared: Shared, index: int | None, on_step: OnStep | None) -> Worker:
+    """Opens the torch worker; torch is imported only now."""
+    from fedtune.training.worker import TorchWorker
+
+    return TorchWorker.open(config, shared, index, on_step)
 
 
 def _born(pid: int) -> str:

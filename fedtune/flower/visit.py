@@ -89,7 +89,8 @@ def send(connection: socket.socket, header: Header, body: memoryview | bytes) ->
     """Writes one message."""
     text = json.dumps(header).encode()
     connection.sendall(struct.pack("<Q", len(text)) + text + struct.pack("<Q", len(body)))
-    connection.sendall(body)
+    if len(body):
+        connection.sendall(body)
 
 
 def read(connection: socket.socket) -> tuple[dict[str, Any], bytes]:

@@ -38,7 +38,7 @@ def open_worker(config, shared, index, on_step):
             os.kill(os.getpid(), signal.SIGKILL)
         (Path(config.model.name).parent / f"{config.client.id}.{os.getpid()}.pid").touch()
 
-    return ToyWorker(Path(config.model.name), seed=shared.seed, examples=10 + (index or 0), delay=delay)
+    return ToyWorker(Path(config.model.name), seed=shared.seed, examples=10 + 3 * (index or 0), delay=delay)
 
 
 def nan_mod(message, context, call_next):
@@ -60,12 +60,12 @@ def nan_mod(message, context, call_next):
         reply.content = content(as_array(UPDATE, pack([header.SerializeToString()], [payload])))
     return reply
 '''
-CLIENT_APP = '''
+CLIENT_APP = """
 from fedtune.flower.client import client_app
 from fedtune_app.toy import nan_mod, open_worker
 
 app = client_app(open_worker, mods=[nan_mod])
-'''
+"""
 
 
 def free_port() -> int:
@@ -85,7 +85,7 @@ class Flower:
     def __post_init__(self) -> None:
         self.home = self.folder / "flwr"
         self.home.mkdir(parents=True)
-        self.connect("local", f'address = ":local:"')
+        self.connect("local", 'address = ":local:"')
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         private = ("PYTHONPATH", "FLWR_")
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(private)} | {
@@ -95,6 +95,7 @@ class Flower:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(self.port),
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
             "RAY_USAGE_STATS_ENABLED": "0",
             "FEDTUNE_SOCKETS": str(self.folder / "sockets"),
             "FEDTUNE_TEST": self.mark,
@@ -126,12 +127,14 @@ class Flower:
         """`flwr run`, to its end; returns its log."""
         values = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
         extra = ["--federation-config", f"num-supernodes={nodes} client-resources-num-cpus=1"] if nodes else []
-        return self.call("flwr", "run", str(app), connection, "--stream", "--run-config", values, *extra, timeout=timeout)
+        return self.call(
+            "flwr", "run", str(app), connection, "--stream", "--run-config", values, *extra, timeout=timeout
+        )
 
     def status(self, connection: str) -> str:
         """Status of the newest run."""
         listed = json.loads(self.call("flwr", "ls", connection, "--format", "json"))
-        return str(max(listed["runs"], key=lambda run: run["created-at"])["status"])
+        return str(max(listed["runs"], key=lambda run: run["pending-at"])["status"])
 
     def processes(self) -> dict[int, str]:
         """Processes of this world that live: number to command line."""
@@ -211,3 +214,158 @@ def pki(flower):
     for node in range(2):
         flower.call("ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", f"{folder}/node{node}")
     return folder
+
+
+@dataclass
+class Deployment:
+    """A SuperLink and two SuperNodes."""
+
+    world: Flower
+    app: Path
+    connection: str
+    nodes: list["subprocess.Popen[bytes]"]
+    superlink: "subprocess.Popen[bytes]"
+
+    def run(self, **config: object) -> str:
+        return self.world.run(self.app, self.connection, config)
+
+    def stop(self) -> None:
+        for program in (*self.nodes, self.superlink):
+            program.terminate()
+        for program in (*self.nodes, self.superlink):
+            program.wait(20)
+
+
+def deploy(world: Flower, app: Path, name: str, pki: Path | None = None) -> Deployment:
+    """Starts a SuperLink and two SuperNodes, with TLS and authenticated nodes when there are certificates."""
+    port = free_port()
+    if pki:
+        safe = ["--ssl-ca-certfile", f"{pki}/ca.pem", "--ssl-certfile", f"{pki}/server.pem"]
+        safe += ["--ssl-keyfile", f"{pki}/server.key", "--enable-supernode-auth"]
+        world.connect(name, f'address = "127.0.0.1:{port}"\nroot-certificates = "{pki}/ca.pem"')
+    else:
+        safe = ["--insecure"]
+        world.connect(name, f'address = "127.0.0.1:{port}"\ninsecure = true')
+    superlink = world.start("flower-superlink", *safe, "--port", str(port), log=f"{name}-superlink.log")
+    _listening(port)
+    nodes = []
+    for i in range(2):
+        own = ["--insecure"]
+        if pki:
+            world.call("flwr", "supernode", "register", f"{pki}/node{i}.pub", name)
+            own = ["--root-certificates", f"{pki}/ca.pem", "--auth-supernode-private-key", f"{pki}/node{i}"]
+        where = ["--superlink", f"127.0.0.1:{port}", "--port", str(free_port())]
+        config = f"partition-id={i} num-partitions=2"
+        node = world.start("flower-supernode", *own, *where, "--node-config", config, log=f"{name}-node{i}.log")
+        nodes.append(node)
+    return Deployment(world, app, name, nodes, superlink)
+
+
+def _listening(port: int) -> None:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise TimeoutError("the SuperLink does not listen")
+
+
+@pytest.fixture(scope="module")
+def plain(flower, app):
+    deployment = deploy(flower, app, "plain")
+    yield deployment
+    deployment.stop()
+
+
+@pytest.fixture(scope="module")
+def secure(flower, app, pki):
+    deployment = deploy(flower, app, "secure", pki)
+    yield deployment
+    deployment.stop()
+
+
+@pytest.fixture
+def settings(flower, app, tmp_path):
+    """Run config of a short run of toys."""
+    model = str(flower.folder / "model")
+    return {
+        "model.name": model,
+        "run.folder": str(tmp_path / "run"),
+        "run.seed": 7,
+        "method.rank": 2,
+        "rounds.count": 2,
+    }
+
+
+@pytest.fixture
+def simulated():
+    """Digests of the rounds of the plain loop with the same configuration."""
+    from fedtune.base import open_base
+    from fedtune.config import Shared
+    from fedtune.config.members import member_config, member_ids
+    from fedtune.flower.settings import read_config
+    from fedtune.method import Member
+    from fedtune.simulation import simulate
+    from fedtune.testing import open_toy
+
+    def play(settings: dict[str, object], nodes: int) -> list[str]:
+        config = read_config({**settings, "simulation.clients": nodes})
+        own = [member_config(config, i, "").client for i in range(nodes)]
+        members = [Member(c.id, c.rank, c.alpha) for c in own]
+        shared = Shared.of(config)
+
+        def worker(member: Member) -> object:
+            return open_toy(config, shared, member_ids(config).index(member.id))
+
+        base = open_base(Path(config.model.name))
+        done = simulate(config.method, base, members, worker, config.rounds.count, shared.seed)
+        return [r.digest for r in done.rounds]
+
+    return play
+
+
+@pytest.fixture
+def over_grpc(tmp_path):
+    """Digests of the rounds over fedtune's own gRPC, with the same configuration."""
+    import threading
+
+    from fedtune_client.main import run
+
+    from fedtune.config.members import member_config
+    from fedtune.flower.settings import read_config
+    from fedtune.testing import open_toy
+
+    def play(settings: dict[str, object], nodes: int) -> list[str]:
+        folder = tmp_path / "grpc"
+        flat = {**settings, "simulation.clients": nodes, "run.folder": str(folder), "rounds.min_clients": nodes}
+        toml = tmp_path / "grpc.toml"
+        toml.write_text("")
+        sets = [
+            f"{key}={json.dumps(value)}"
+            for key, value in flat.items()
+            if not isinstance(value, str) or value[:1] != "["
+        ]
+        lists = [f"{key}={value}" for key, value in flat.items() if isinstance(value, str) and value[:1] == "["]
+        command = [sys.executable, "-m", "fedtune_server", str(toml), "--set", "server.address=127.0.0.1:0"]
+        server = subprocess.Popen(
+            [*command, *(p for s in sets + lists for p in ("--set", s))], stderr=subprocess.DEVNULL
+        )
+        try:
+            until = time.monotonic() + 30
+            while not (folder / "address").exists() and time.monotonic() < until:
+                time.sleep(0.05)
+            address = (folder / "address").read_text().strip()
+            config = read_config(flat)
+            owns = [member_config(config, i, address) for i in range(nodes)]
+            threads = [threading.Thread(target=run, args=(c, i, open_toy), daemon=True) for i, c in enumerate(owns)]
+            for thread in threads:
+                thread.start()
+            assert server.wait(60) == 0
+            for thread in threads:
+                thread.join(20)
+        finally:
+            server.kill()
+        return [json.loads(p.read_text())["digest"] for p in sorted(folder.glob("rounds/*/round.json"))]
+
+    return play
