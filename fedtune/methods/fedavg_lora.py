@@ -88,7 +88,7 @@ class FedAvgLoRA(Method):
     def client_update(self, job: ClientJob, expected: Manifest) -> Tensors:
         """Continues to train the attached adapter."""
         factors = job.train_attached()
-        return {name: array.astype(DTYPES[self.dtype]) for name, array in factors.items()}
+        return {name: array.astype(DTYPES[self.dtype], copy=False) for name, array in factors.items()}
 
     def template(self, state: Tensors, member: Member) -> Manifest:
         """Expects what was sent."""

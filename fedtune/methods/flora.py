@@ -105,7 +105,7 @@ class FLoRA(Method):
         """Trains a fresh adapter of this client's own rank."""
         layers, member = tuple(layers_of(expected.names)), job.member
         factors = job.train_fresh(LoraSpec(layers, member.rank, member.alpha, self.dropout, self.rslora))
-        return {name: array.astype(DTYPES[self.dtype]) for name, array in factors.items()}
+        return {name: array.astype(DTYPES[self.dtype], copy=False) for name, array in factors.items()}
 
     def template(self, state: Tensors, member: Member) -> Manifest:
         """Expects A of (r_k, I) and B of (O, r_k) for every layer."""
