@@ -1,0 +1,1 @@
+"""The same round in Flower: arrays go out, come back changed, and are averaged."""
