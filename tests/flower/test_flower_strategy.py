@@ -1,0 +1,348 @@
+"""The strategy's rules, over a grid of threads: quorum, order, damage, versions, refusals."""
+
+import json
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedtune[flower]'")
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedtune.base import open_base
+from fedtune.config import Shared, parse
+from fedtune.errors import ConfigError, FedtuneError, RoundError
+from fedtune.flower import roster
+from fedtune.flower.messages import as_array, content, read_array, read_turn
+from fedtune.flower.packets import LACK, UPDATE, pack, unpack
+from fedtune.flower.record import RunFolder
+from fedtune.flower.settings import read_identity
+from fedtune.flower.station import Station
+from fedtune.flower.strategy import FedtuneStrategy
+from fedtune.report.record import collect
+from fedtune.testing import open_toy, toy_base
+from fedtune.wire.v1 import coordinator_pb2 as pb
+
+
+class LoopGrid(Grid):
+    """Nodes in this process. `damage` maps a client to what becomes of its replies; replies come back last first."""
+
+    def __init__(self, run_config, nodes, resident=True):
+        self.run_config, self.resident = run_config, resident
+        self.stations = {i + 1: self._station(i, nodes) for i in range(nodes)}
+        self.names = {i + 1: f"client-{i:02d}" for i in range(nodes)}
+        self.damage, self.replies, self.sent, self.number = {}, {}, [], 0
+
+    def _station(self, index, nodes):
+        node = {"partition-id": index, "num-partitions": nodes}
+        return Station(read_identity(self.run_config, node), open_toy, resident=self.resident)
+
+    def set_run(self, run):
+        raise NotImplementedError
+
+    def create_message(self, *args, **kwargs):
+        raise NotImplementedError
+
+    def send_and_receive(self, messages, *, timeout=None):
+        raise NotImplementedError
+
+    @property
+    def run(self):
+        return SimpleNamespace(run_id=1)
+
+    def get_node_ids(self):
+        return list(self.stations)
+
+    def push_messages(self, messages):
+        numbers = []
+        for message in messages:
+            self.number += 1
+            message.metadata.__dict__["_message_id"] = str(self.number)
+            self.sent.append(message)
+            self.replies[str(self.number)] = self._reply(message)
+            numbers.append(str(self.number))
+        return numbers
+
+    def pull_messages(self, message_ids):
+        ready = [i for i in sorted(message_ids, reverse=True) if self.replies.get(i) is not None]
+        return [self.replies.pop(i) for i in ready]
+
+    def _reply(self, message):
+        node, array = message.metadata.dst_node_id, read_array(message)
+        if message.metadata.message_type == "query" and len(array.data) == 1:
+            return Message(content(array), reply_to=message)
+        damage = self.damage.get(self.names[node]) if message.metadata.message_type == "train" else None
+        if damage == "silent":
+            return None
+        if damage == "raise":
+            return Message(Error(2, "<class 'ValueError'>:<'no'>"), reply_to=message)
+        stype, data = self.stations[node].answer(array.stype, read_turn(message), array.data)
+        records = content(as_array(stype, data))
+        if callable(damage):
+            records = damage(stype, data)
+        return Message(records, reply_to=message)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(roster, "PULL_S", 0.0)
+    monkeypatch.setattr("fedtune.flower.strategy.PULL_S", 0.005)
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Makes configuration, grid and strategy."""
+    model = toy_base(tmp_path / "model")
+
+    def make(nodes=3, resident=True, method="flora", **rounds):
+        sections = {
+            "run": {"folder": str(tmp_path / "run"), "seed": 7},
+            "model": {"name": str(model)},
+            "method": {"name": method, "rank": 2},
+            "rounds": {"count": 3, "grace_s": 0.0, "deadline_s": 0.5, "attempts": 2, **rounds},
+            "simulation": {"clients": nodes},
+        }
+        config = parse(sections)
+        flat = {f"{s}.{k}": v for s, keys in sections.items() for k, v in keys.items()}
+        folder = RunFolder(config.run.folder, Shared.of(config))
+        strategy = FedtuneStrategy(config, open_base(model), folder)
+        return config, LoopGrid(flat, nodes, resident), strategy, flat
+
+    return make
+
+
+def events(config, name):
+    lines = (config.run.folder / "events.jsonl").read_text().splitlines()
+    return [event for line in lines if (event := json.loads(line))["event"] == name]
+
+
+def changed(edit):
+    """Damage that edits the payload of an update and leaves a header that fits."""
+
+    def damage(stype, data):
+        packet = unpack(data)
+        header = pb.SubmitHeader.FromString(packet.headers[0])
+        payload = edit(header, bytes(packet.payload))
+        return content(as_array(stype, pack([header.SerializeToString()], [payload])))
+
+    return damage
+
+
+def fixed(header, payload):
+    from fedtune.wire.frames import sha256
+
+    header.sha256, header.nbytes = sha256([payload]), len(payload)
+    return payload
+
+
+@pytest.mark.parametrize("method", ["flora", "fedavg-lora"])
+@pytest.mark.parametrize("resident", [True, False])
+def test_same_bits_as_the_plain_loop(made, simulated, method, resident):
+    config, grid, strategy, flat = made(method=method, resident=resident)
+    strategy.start(grid)
+    want = simulated({k: v for k, v in flat.items() if k != "simulation.clients"}, 3)
+    assert [e["digest"] for e in events(config, "round_closed")] == want
+    assert strategy.digest == want[-1]
+
+
+def test_the_run_folder_is_one_the_reports_read(made):
+    config, grid, strategy, _ = made()
+    result = strategy.start(grid)
+    record = collect(config.run.folder)
+    assert record.outcome == "completed"
+    assert len(record.rounds) == 3
+    assert record.clients["client-02"].examples == 16
+    assert (config.run.folder / "final" / "adapter_model.safetensors").exists()
+    assert result.train_metrics_clientapp[3]["num-examples"] == 39
+    assert (config.run.folder / "ledger.csv").read_text().count("\n") == 1 + 3 * 3 * 4
+
+
+def test_resident_nodes_get_only_what_is_new(made):
+    sizes = {}
+    for resident in (True, False):
+        config, grid, strategy, _ = made(resident=resident, method="flora")
+        strategy.start(grid)
+        sizes[resident] = [e["bytes_down"] for e in events(config, "round_closed")]
+        config.run.folder.rename(config.run.folder.with_name(f"was-{resident}"))
+    assert sizes[True][1] < sizes[True][2] * 1.1
+    assert sizes[False][2] > 1.5 * sizes[False][1]
+
+
+def test_nodes_at_the_same_version_share_one_array(made):
+    _, grid, strategy, _ = made()
+    strategy.start(grid)
+    tasks = [read_array(m) for m in grid.sent if m.metadata.message_type == "train"]
+    assert len({id(array.data) for array in tasks}) == 3
+    assert len(tasks) == 9
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "raise",
+        changed(lambda h, p: fixed(h, struct.pack("<f", float("nan")) + p[4:])),
+        changed(lambda h, p: fixed(h, struct.pack("<f", float("inf")) + p[4:])),
+        changed(lambda h, p: fixed(h, p[:-4])),
+        changed(lambda h, p: fixed(h, p + b"\0\0\0\0")),
+        changed(lambda h, p: b"\0" + p[1:]),
+        changed(lambda h, p: [setattr(h, "weight", 0), p][1]),
+        changed(lambda h, p: [setattr(h, "weight", 2**40), p][1]),
+        changed(lambda h, p: [setattr(h, "client_id", "client-00"), p][1]),
+        changed(lambda h, p: [setattr(h, "state_digest", "0" * 64), p][1]),
+        lambda stype, data: content(as_array(stype, data[:20])),
+        lambda stype, data: content(as_array(stype, b"\x80pickle")),
+        lambda stype, data: content(as_array("numpy.ndarray", data)),
+        lambda stype, data: RecordDict({"arrays": ArrayRecord()}),
+        lambda stype, data: content(
+            as_array(LACK, pack([pb.FetchRequest(client_id="client-01", have=99).SerializeToString()]))
+        ),
+    ],
+)
+def test_a_bad_reply_is_refused_and_the_round_goes_on_at_quorum(made, damage):
+    config, grid, strategy, _ = made(quorum=0.6)
+    grid.damage["client-01"] = damage
+    strategy.start(grid)
+    closed = events(config, "round_closed")
+    assert [e["clients"] for e in closed] == [["client-00", "client-02"]] * 3
+    assert {e["client"] for e in events(config, "update_refused")} == {"client-01"}
+
+
+@pytest.mark.parametrize("damage", ["raise", "silent"])
+def test_below_quorum_the_run_fails_loudly(made, damage):
+    config, grid, strategy, _ = made()
+    grid.damage["client-01"] = damage
+    with pytest.raises(RoundError, match=r"round 1: expected 3 updates, got 2 after 2 attempts"):
+        strategy.start(grid)
+    assert events(config, "run_finished")[-1]["outcome"] == "failed"
+    assert not (config.run.folder / "final").exists()
+
+
+def test_a_silent_node_is_not_waited_for_beyond_the_grace(made):
+    config, grid, strategy, _ = made(quorum=0.6, deadline_s=3600.0)
+    grid.damage["client-01"] = "silent"
+    strategy.start(grid)
+    assert len(events(config, "round_closed")) == 3
+
+
+def test_too_few_nodes(made):
+    _, grid, strategy, _ = made(min_clients=4)
+    with pytest.raises(RoundError, match=r"nodes: expected 4 within 0.5 s, got 3"):
+        strategy.start(grid)
+
+
+def test_a_worker_that_was_lost_is_brought_up_again(made, simulated):
+    """A SuperNode's worker dies between rounds: the new one lacks a version, says so, and gives the same bits."""
+    config, grid, strategy, flat = made()
+    lost = []
+
+    def lose(stype, data):
+        if stype == UPDATE:
+            lost.append(grid.stations[2])
+            grid.stations[2] = grid._station(1, 3)
+        return content(as_array(stype, data))
+
+    grid.damage["client-01"] = lose
+    strategy.start(grid)
+    want = simulated({k: v for k, v in flat.items() if k != "simulation.clients"}, 3)
+    assert [e["digest"] for e in events(config, "round_closed")] == want
+    kinds = [read_array(m).stype for m in grid.sent if m.metadata.message_type == "train"]
+    assert len(kinds) == 9 + 2
+
+
+def test_an_answer_that_was_lost_is_given_again(made):
+    _, grid, strategy, _ = made(quorum=1.0)
+    dropped = []
+
+    def drop(stype, data):
+        dropped.append(data)
+        return content(as_array(stype, b"damaged")) if len(dropped) == 1 else content(as_array(stype, data))
+
+    grid.damage["client-01"] = drop
+    strategy.start(grid)
+    assert dropped[0] == dropped[1]
+
+
+def test_two_nodes_of_one_name(made):
+    config, grid, strategy, _ = made(quorum=1.0)
+    grid.stations[3] = grid._station(1, 3)
+    strategy.start(grid)
+    assert "client-01 twice" in events(config, "client_refused")[0]["reason"]
+    assert events(config, "round_closed")[-1]["clients"] == ["client-00", "client-01"]
+
+
+def test_other_weights_are_refused(made, tmp_path):
+    config, grid, strategy, flat = made(quorum=0.6)
+    other = toy_base(tmp_path / "other", seed=1)
+
+    def open_other(config, shared, index, on_step):
+        from fedtune.testing import ToyWorker
+
+        return ToyWorker(other)
+
+    identity = read_identity(flat, {"partition-id": 1, "num-partitions": 3})
+    grid.stations[2] = Station(identity, open_other, resident=True)
+    grid._reply = errors_as_flower_sends_them(grid._reply)
+    strategy.start(grid)
+    assert "base model: expected" in events(config, "update_refused")[0]["reason"]
+
+
+def errors_as_flower_sends_them(reply):
+    def safe(message):
+        try:
+            return reply(message)
+        except FedtuneError as error:
+            return Message(Error(2, f"{type(error)}:<'{error}'>"), reply_to=message)
+
+    return safe
+
+
+def test_wrapped_in_central_differential_privacy_it_is_refused_in_words(made):
+    _, grid, strategy, _ = made()
+    wrapped = DifferentialPrivacyServerSideFixedClipping(strategy, 1.0, 1.0, 3)
+    with pytest.raises(ConfigError, match="could neither clip them nor add noise"):
+        wrapped.configure_train(1, ArrayRecord(), ConfigRecord(), grid)
+
+
+def test_what_reads_numbers_is_refused_by_flower():
+    message = Message(content(as_array(UPDATE, b"fedtune1")), dst_node_id=1, message_type="train")
+    reply = Message(content(as_array(UPDATE, b"fedtune1")), reply_to=message)
+    with pytest.raises(TypeError, match=r"fedtune\.update\.v1"):
+        read_array(reply).numpy()
+
+
+def test_a_folder_with_a_run_is_refused(made):
+    config, grid, strategy, _ = made()
+    strategy.start(grid)
+    with pytest.raises(ConfigError, match="a folder without a run"):
+        RunFolder(config.run.folder, Shared.of(config))
+
+
+def test_start_refuses_what_it_would_ignore(made):
+    _, grid, strategy, _ = made()
+    with pytest.raises(ConfigError):
+        strategy.start(grid, train_config=ConfigRecord({"lr": 0.1}))
+
+
+def test_client_app_in_process(made, tmp_path):
+    """The ClientApp of a simulation answers a hello; a message of another strategy is refused in words."""
+    from fedtune.flower.client import client_app
+    from fedtune.flower.orders import hello, welcome
+
+    config, _, _, flat = made()
+    base = open_base(Path(config.model.name))
+    app = client_app(open_toy)
+    run_config = {**flat, "flower.resident": "off"}
+    context = Context(1, 1, {"partition-id": 2, "num-partitions": 3}, RecordDict(), run_config)
+    message = Message(content(hello(welcome(Shared.of(config), base.digest, "1"))), dst_node_id=1, message_type="query")
+    reply = pb.Hello.FromString(unpack(read_array(app(message, context)).data).headers[0])
+    assert reply.client_id == "client-02"
+    other = Message(RecordDict({"arrays": ArrayRecord()}), dst_node_id=1, message_type="train")
+    with pytest.raises(ValueError, match="another strategy"):
+        app(other, context)
