@@ -69,6 +69,7 @@ class Resident:
         """Answers one request; returns False when it was the last."""
         go_on = True
         with contextlib.suppress(OSError, EOFError):  # who asked is gone, and the answer with it
+            connection.sendall(b"\1")
             header, body = read(connection)
             if header["stype"] == BYE:
                 go_on = False

@@ -1,6 +1,7 @@
 """The thin end of a node: hands one request to its resident worker over a Unix socket, and starts the worker if needed.
 
-    length u64 | JSON header | length u64 | bytes        once in each direction, then the connection closes
+    worker -> messenger     one byte, when the worker takes the connection
+    then in each direction  length u64 | JSON header | length u64 | bytes
 
 Only the standard library is imported here: this is all that Flower's process for a message loads of fedtune.
 """
@@ -130,13 +131,17 @@ def _connect(name: str) -> socket.socket:
 
 
 def _try(path: Path) -> socket.socket | None:
+    """Connects, and waits until the worker takes the connection; None when there is none, or it ends just now."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.connect(str(path))
-    except (FileNotFoundError, ConnectionRefusedError):
+        if connection.recv(1):
+            return connection
+    except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError, BrokenPipeError):
         connection.close()
         return None
-    return connection
+    connection.close()
+    return None
 
 
 def _start(name: str, path: Path) -> socket.socket:
