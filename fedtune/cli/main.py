@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from fedtune import __version__
-from fedtune.cli import client, doctor, evaluate, export, init, server, simulate, status, train
+from fedtune.cli import client, doctor, evaluate, export, flower_cmd, init, server, simulate, status, train
 from fedtune.cli.console import complain
 from fedtune.errors import FedtuneError
 
@@ -39,12 +39,15 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("status")(status.status)
+app.add_typer(flower_cmd.app, name="flower")
 
 
 def main() -> NoReturn:
     """Runs the command line and exits with its code."""
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            complain("interrupted")
     except FedtuneError as error:
         complain(str(error))
         code = error.exit_code

@@ -15,8 +15,6 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedtune[flower]'")
-
 TOY = '''
 """A node without torch, and ways to fail."""
 
@@ -170,6 +168,7 @@ class Flower:
 
 @pytest.fixture(scope="module")
 def flower(tmp_path_factory):
+    pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedtune[flower]'")
     world = Flower(tmp_path_factory.mktemp("flower"))
     try:
         yield world
