@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedtune.config import Config
@@ -34,7 +34,9 @@ class HeldOut:
         config.run.folder.mkdir(parents=True, exist_ok=True)
         self.evaluations = Evaluations.open(config.run.folder, config)
         self.error: FedtuneError | None = None
-        self._config, self._on_figures = config, on_figures
+        threads = config.client.threads or config.simulation.threads
+        self._config = replace(config, client=replace(config.client, threads=threads))
+        self._on_figures = on_figures
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="held-out", daemon=True)
 

@@ -1,11 +1,13 @@
 """`report.json`: everything a reader of the run wants to know, in one file. docs/results.md explains each key."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedtune.report.evaluations import BASE, Evaluations
+from fedtune.config import Config, Shared
+from fedtune.report.evaluations import BASE, Evaluations, Figures
 from fedtune.report.record import RoundRecord, RunRecord
 
 FORMAT = "fedtune-report-1"
@@ -34,16 +36,16 @@ def federated(record: RunRecord, evaluations: Evaluations | None, name: str) -> 
     }
 
 
-def centralised(name: str, settings: JsonObject, metrics: JsonObject, held_out: JsonObject) -> JsonObject:
+def centralised(config: Config, metrics: Figures, held_out: Mapping[str, Figures | None]) -> JsonObject:
     """Builds the report of `fedtune train`: no clients, no bytes, one stretch of training."""
     return {
         "format": FORMAT,
         "kind": "centralised",
-        "name": name,
+        "name": config.run.name,
         "outcome": "completed",
-        "settings": settings,
+        "settings": json.loads(Shared.of(config).to_json()),
         "training": metrics,
-        "held_out": held_out,
+        "held_out": dict(held_out),
     }
 
 
