@@ -24,7 +24,8 @@ from fedtune_server.transfer import Transfer
 
 WATCH_S = 2.0
 FAREWELL_S = 5.0
-DRAIN_S = 10.0
+BLINK_S = 1.0
+DRAIN_S = 5.0
 
 
 class Coordinator:
@@ -38,6 +39,7 @@ class Coordinator:
         self._health = Health()
         self._server = build(run, self.control, Transfer(run, self.engine, patience), self._health)
         self._stop = asyncio.Event()
+        self._was_over = bool(run.outcome)
 
     def stop(self) -> None:
         """Asks the process to drain and end."""
@@ -46,14 +48,17 @@ class Coordinator:
     async def serve(self) -> None:
         """Returns when the run is complete or `stop` was called; raises RoundError when the run has failed."""
         self.engine.resume()
-        address = await self._listen()
-        with serve_metrics(self._run.config.server.metrics_address, self.metrics, self._reading), self._signals():
-            self._run.events.emit("ready", address=address, run=self._run.run_id, round=self.engine.round_number)
-            watch = asyncio.create_task(self._watch())
-            try:
-                await self._drive()
-            finally:
-                watch.cancel()
+        try:
+            address = await self._listen()
+            with serve_metrics(self._run.config.server.metrics_address, self.metrics, self._reading), self._signals():
+                self._run.events.emit("ready", address=address, run=self._run.run_id, round=self.engine.round_number)
+                watch = asyncio.create_task(self._watch())
+                try:
+                    await self._drive()
+                finally:
+                    watch.cancel()
+        finally:
+            await self._end(0)
 
     async def _drive(self) -> None:
         """Runs the rounds until they end or the process is told to stop."""
@@ -92,19 +97,28 @@ class Coordinator:
         self.control.dismiss_all(message)
         self._run.events.emit("farewell", clients=sorted(self.engine.roster.sessions))
         end = time.monotonic() + FAREWELL_S
+        # Who left a second ago is hardly coming back, unless this process was killed right before the farewell.
+        return_s = FAREWELL_S if self._was_over else BLINK_S
         sessions = self.engine.roster.sessions
-        while (sessions or self.control.untold(self.engine.cohort, FAREWELL_S)) and time.monotonic() < end:
+        while (sessions or self.control.untold(self.engine.cohort, return_s)) and time.monotonic() < end:
             await asyncio.sleep(0.02)
         if self._run.outcome == COMPLETED:
             await asyncio.to_thread(self._run.set_meta, dismissed="1")
-        await self._server.stop(1.0)
+        await self._end(BLINK_S)
 
     async def _drain(self) -> None:
         """Takes no new work, lets updates on their way finish, and stops."""
         self._run.events.emit("draining")
         await self._health.drain()
         self.control.drain()
-        await self._server.stop(DRAIN_S)
+        await self._end(DRAIN_S)
+
+    async def _end(self, grace_s: float) -> None:
+        """Stops listening; calls that have not ended after `grace_s` are cut off."""
+        try:
+            await asyncio.wait_for(self._server.stop(grace_s), grace_s + BLINK_S)
+        except TimeoutError:
+            self._run.events.emit("stop_overdue")
 
     async def _watch(self) -> None:
         """Records the ledger now and then, and tries whether a disk that was full takes writes again."""

@@ -13,15 +13,13 @@ from dataclasses import replace
 from typing import TypeVar
 
 from fedtune import rules
-from fedtune.errors import RoundError, StorageError, WireError, problem
+from fedtune.errors import RoundError, StorageError, problem
 from fedtune.method import Member
-from fedtune.rounds import MAX_WEIGHT
 from fedtune.selection import asked, select
-from fedtune.wire.convert import manifest_to_proto
 from fedtune.wire.v1 import coordinator_pb2 as pb
 from fedtune_server import closing, records
 from fedtune_server.blobs import Draft
-from fedtune_server.ledger import PAYLOAD, UP
+from fedtune_server.intake import same, take, task_message
 from fedtune_server.metrics import Metrics
 from fedtune_server.open_round import OpenRound, Total
 from fedtune_server.records import RoundRow, TaskRow, UpdateRow
@@ -32,10 +30,6 @@ T = TypeVar("T")
 TICK_S = 0.5
 RETURN_S = 5.0
 """Seconds that a client whose connection broke (or who has yet to find a restarted coordinator) counts as here."""
-
-
-class DuplicateError(Exception):
-    """Another update of this client is part of the round already."""
 
 
 class Engine:
@@ -195,17 +189,9 @@ class Engine:
         task = work.tasks[session.id]
         if session.offered == task.task_id or task.member != session.member:
             return
-        version = self.run.version
-        message = pb.Task(
-            task_id=task.task_id,
-            round=task.round,
-            version=version.number,
-            state_digest=version.digest,
-            update=manifest_to_proto(self.run.shared.method.template(version.state, task.member)),
-            deadline_s=max(0.0, self._rounds.deadline_s - (self._clock() - work.began)),
-        )
+        remaining_s = max(0.0, self._rounds.deadline_s - (self._clock() - work.began))
         session.offered = task.task_id
-        session.push(pb.ServerMessage(task=message))
+        session.push(task_message(self.run, task, remaining_s))
         self.run.events.emit("task_pushed", round=task.round, client=session.id)
 
     def task_of(self, client: str, task_id: str) -> TaskRow | None:
@@ -227,41 +213,16 @@ class Engine:
         if work is None or work.closing or work.tasks.get(client) != task:
             return False
         if client in work.updates:
-            return _same(work.updates[client], header)
+            return same(work.updates[client], header)
         done = work.pending[client] = asyncio.get_running_loop().create_future()
         try:
-            await self._fold_and_record(work, task, header, draft)
+            await take(self.run, work, task, header, draft, self.metrics)
+            self._note_quorum(work)
         finally:
             del work.pending[client]
             done.set_result(None)
             self._changed.set()
         return True
-
-    async def _fold_and_record(self, work: OpenRound, task: TaskRow, header: pb.SubmitHeader, draft: Draft) -> None:
-        metrics = {key: float(value) for key, value in header.metrics.items()}
-        row = UpdateRow(task.round, task.member.id, header.sha256, int(header.weight), int(header.nbytes), metrics)
-        if not 1 <= row.weight <= MAX_WEIGHT:
-            raise WireError(problem(f"weight of {row.client}", f"1 to {MAX_WEIGHT}", row.weight))
-        view = await asyncio.to_thread(draft.view)
-        async with work.lock:
-            accepted = list(work.updates.values())
-            await asyncio.to_thread(work.total.add, task, view, row.weight, accepted, work.tasks)
-        bytes_up = {(row.round, row.client, UP, PAYLOAD): row.nbytes}
-        try:
-            await asyncio.to_thread(draft.publish, row.digest)
-            started = self._clock()
-            await asyncio.wrap_future(self.run.store.submit(records.write_update(row, bytes_up)))
-        except BaseException:
-            work.total.forget()
-            raise
-        self.run.healthy = True
-        self.metrics.committed(self._clock() - started)
-        self.run.book.recorded(bytes_up)
-        work.updates[row.client] = row
-        self._note_quorum(work)
-        self.run.events.emit(
-            "update_accepted", round=row.round, client=row.client, weight=row.weight, bytes=row.nbytes, metrics=metrics
-        )
 
     async def _close(self) -> None:
         work = self.open
@@ -308,11 +269,3 @@ class Engine:
     def _note_quorum(self, work: OpenRound) -> None:
         reached = len(work.updates) >= rules.quorum_of(self._rounds, work.row.target)
         work.quorum_at = (work.quorum_at or self._clock()) if reached else None
-
-
-def _same(row: UpdateRow, header: pb.SubmitHeader) -> bool:
-    if row.digest != header.sha256:
-        raise DuplicateError(
-            problem(f"update of {row.client} in round {row.round}", f"SHA-256 {row.digest}", header.sha256)
-        )
-    return True

@@ -11,7 +11,6 @@ from google.protobuf.message import Message
 
 from fedtune.errors import FedtuneError, StorageError
 from fedtune.wire.status import code_of, metadata_of
-from fedtune_server.engine import DuplicateError
 from fedtune_server.run import Run
 
 T = TypeVar("T")
@@ -34,6 +33,10 @@ DEFAULT_PATIENCE = Patience()
 
 class SilentError(Exception):
     """A stream did not deliver in time."""
+
+
+class DuplicateError(Exception):
+    """Another update of this client is part of the round already."""
 
 
 class NoTaskError(Exception):

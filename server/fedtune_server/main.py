@@ -5,6 +5,7 @@ import asyncio
 import sys
 from pathlib import Path
 
+from fedtune.allocator import share_arenas
 from fedtune.config import Config, load
 from fedtune.errors import FedtuneError
 from fedtune_server.coordinator import Coordinator
@@ -20,6 +21,7 @@ def serve(config: Config, patience: Patience = DEFAULT_PATIENCE) -> int:
         The exit code: 0 when every round is closed or the process was told to stop, else that of the error, whose
         message is on stderr.
     """
+    share_arenas()
     try:
         credentials(config.server)
         run = open_run(config)

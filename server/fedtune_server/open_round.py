@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from fedtune.errors import WireError
 from fedtune.method import Method
 from fedtune.rounds import Round
 from fedtune.rules import View
@@ -74,7 +75,13 @@ class Total:
         """Decodes, checks and folds one update; raises WireError and changes nothing when it is not what it must be."""
         if self._round is None:
             self._round = self._folded(accepted, tasks)
-        self._round.add(task.member, payload, weight)
+        try:
+            self._round.add(task.member, payload, weight)
+        except WireError:
+            raise
+        except Exception:
+            self.forget()  # an accident, out of memory say, may strike in the middle of a sum
+            raise
 
     def close(self, accepted: Iterable[UpdateRow], tasks: Tasks) -> Tensors:
         """Returns the next version of the state: a function of the accepted updates alone."""

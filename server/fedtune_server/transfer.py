@@ -21,8 +21,8 @@ from fedtune.wire.frames import Assembler, cut
 from fedtune.wire.v1 import coordinator_pb2 as pb
 from fedtune_server import records
 from fedtune_server.blobs import Draft
-from fedtune_server.engine import DuplicateError, Engine
-from fedtune_server.guard import Context, NoTaskError, Patience, SilentError
+from fedtune_server.engine import Engine
+from fedtune_server.guard import Context, DuplicateError, NoTaskError, Patience, SilentError
 from fedtune_server.ledger import CONTROL, DOWN, PAYLOAD, UP
 from fedtune_server.listen import check_identity
 from fedtune_server.records import TaskRow
@@ -104,6 +104,7 @@ class Transfer:
             raise
         finally:
             reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
             if self._receiving.get(client) is reading:
                 del self._receiving[client]
         # From here on a client that hangs up changes nothing: the update is complete.

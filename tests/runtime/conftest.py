@@ -41,7 +41,9 @@ class Wire:
         self.join = self.channel.stream_stream(wire.JOIN, to_bytes, pb.ServerMessage.FromString)
         self.fetch = self.channel.unary_stream(wire.FETCH, pb.FetchRequest.SerializeToString)
         self.submit = self.channel.stream_unary(wire.SUBMIT, None, pb.SubmitReply.FromString)
-        self.status = self.channel.unary_unary(wire.STATUS, pb.StatusRequest.SerializeToString, pb.StatusReply.FromString)
+        self.status = self.channel.unary_unary(
+            wire.STATUS, pb.StatusRequest.SerializeToString, pb.StatusReply.FromString
+        )
 
     def close(self) -> None:
         self.channel.close()
@@ -103,6 +105,7 @@ class ToyClient:
 
     def stop(self) -> None:
         self._stop.set()
+        self._talk.leave()
         self._thread.join(20)
 
     def join(self, seconds: float = 60) -> "ToyClient":
@@ -120,7 +123,11 @@ class ToyClient:
             try:
                 self._session(calls)
             except grpc.RpcError as error:
-                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.CANCELLED):
+                if error.code() not in (
+                    grpc.StatusCode.UNAVAILABLE,
+                    grpc.StatusCode.NOT_FOUND,
+                    grpc.StatusCode.CANCELLED,
+                ):
                     self.error = error
                     return
                 time.sleep(0.05)
@@ -128,7 +135,7 @@ class ToyClient:
                 calls.close()
 
     def _session(self, calls: Wire) -> None:
-        talk = Conversation(calls, self.id, rank=self.rank)
+        talk = self._talk = Conversation(calls, self.id, rank=self.rank)
         try:
             welcome = talk.enter(self._worker.base_digest, self.examples)
             shared = Shared.from_json(welcome.settings_json)
@@ -167,7 +174,9 @@ def fetch(calls: Wire, client_id: str, task: pb.Task, have: int) -> Task:
     return Task(task.round, have, header.version, manifest, receive(payload, manifest), update)
 
 
-def submit(calls: Wire, client_id: str, task: pb.Task, payload: bytes, weight: int = 10, **header: Any) -> pb.SubmitReply:
+def submit(
+    calls: Wire, client_id: str, task: pb.Task, payload: bytes, weight: int = 10, **header: Any
+) -> pb.SubmitReply:
     """Submits bytes; `header` overrides what the header says about them."""
     fields = {
         "client_id": client_id,
@@ -350,16 +359,14 @@ def connect() -> Iterator[Callable[[str], Wire]]:
         calls.close()
 
 
-@dataclass(frozen=True)
 class Tools:
     """What the tests would import from here if they could."""
 
-    conversation: type[Conversation] = Conversation
-    client: type[ToyClient] = ToyClient
-    fetch: Callable[..., Task] = staticmethod(fetch)  # type: ignore[assignment]
-    submit: Callable[..., pb.SubmitReply] = staticmethod(submit)  # type: ignore[assignment]
-    honest: Callable[..., bytes] = staticmethod(honest)  # type: ignore[assignment]
-    wait_for_address: Callable[..., str] = staticmethod(wait_for_address)  # type: ignore[assignment]
+    conversation = Conversation
+    client = ToyClient
+    fetch = staticmethod(fetch)
+    submit = staticmethod(submit)
+    honest = staticmethod(honest)
 
 
 @pytest.fixture

@@ -49,10 +49,6 @@ def check(tools, spawn, toy_folder, tmp_path, rounds, kills):
         assert calm["weights"] == struck["weights"] == {"a": 3, "b": 7, "c": 11}
 
 
-def test_three_kills_end_in_the_same_bits(tools, spawn, toy_folder, tmp_path):
-    check(tools, spawn, toy_folder, tmp_path, rounds=6, kills=3)
-
-
 def test_ten_kills_end_in_the_same_bits(tools, spawn, toy_folder, tmp_path):
     check(tools, spawn, toy_folder, tmp_path, rounds=20, kills=10)
 

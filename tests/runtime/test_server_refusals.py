@@ -34,7 +34,9 @@ def hello_refused(served, connect, tools, code, *words, client_id="a", **hello):
 
 
 def test_old_protocol(served, connect, tools):
-    error = hello_refused(served, connect, tools, CODE.FAILED_PRECONDITION, "protocol", "0.9", protocol_major=0, protocol_minor=9)
+    error = hello_refused(
+        served, connect, tools, CODE.FAILED_PRECONDITION, "protocol", "0.9", protocol_major=0, protocol_minor=9
+    )
     assert error["fedtune-error"] == "ProtocolError"
 
 
@@ -172,7 +174,12 @@ def test_declared_petabyte_is_refused_before_anything_is_read(served, turn):
 
 def test_frame_too_large(served, turn):
     header = pb.SubmitHeader(
-        client_id="a", task_id=turn.task.task_id, weight=1, nbytes=896, sha256="0" * 64, state_digest=turn.task.state_digest
+        client_id="a",
+        task_id=turn.task.task_id,
+        weight=1,
+        nbytes=896,
+        sha256="0" * 64,
+        state_digest=turn.task.state_digest,
     ).SerializeToString()
     refused(lambda: turn.calls.submit(iter([header, bytes(wire.MAX_FRAME + 2**17)])), CODE.RESOURCE_EXHAUSTED)
     refused(lambda: turn.calls.submit(iter([header, bytes(wire.MAX_FRAME + 1)])), CODE.INVALID_ARGUMENT, "frame")
@@ -222,7 +229,9 @@ def test_unknown_task_is_late(turn):
 
 
 def test_slow_drip_is_dropped_and_others_are_served(start, connect, tools, toy_folder):
-    served = start(patience=Patience(frame_s=0.4, submit_s=1.0), rounds={"min_clients": 2, "quorum": 0.5, "grace_s": 0.2})
+    served = start(
+        patience=Patience(frame_s=0.4, submit_s=1.0), rounds={"min_clients": 2, "quorum": 0.5, "grace_s": 0.2}
+    )
     good = tools.client(toy_folder, "good", lambda: served.address, before_submit=lambda _: time.sleep(0.3)).start()
     calls = connect(served.address)
     talk = tools.conversation(calls, "drip")
@@ -275,7 +284,9 @@ def test_duplicates_get_the_same_answer_and_others_are_refused(start, connect, t
     payloads = [tools.honest(calls, toy_folder, n, w, t) for n, w, t in zip("ab", welcomes, tasks, strict=True)]
     assert tools.submit(calls, "a", tasks[0], payloads[0]).status == pb.SUBMIT_STATUS_ACCEPTED
     assert tools.submit(calls, "a", tasks[0], payloads[0]).status == pb.SUBMIT_STATUS_ACCEPTED
-    refused(lambda: tools.submit(calls, "a", tasks[0], with_value(payloads[0], 0.5)), CODE.ALREADY_EXISTS, "update of a")
+    refused(
+        lambda: tools.submit(calls, "a", tasks[0], with_value(payloads[0], 0.5)), CODE.ALREADY_EXISTS, "update of a"
+    )
     assert list(served.coordinator.engine.open.updates) == ["a"]
     # b may not use a's task.
     assert tools.submit(calls, "b", tasks[0], payloads[1]).status == pb.SUBMIT_STATUS_LATE

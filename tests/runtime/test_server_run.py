@@ -2,6 +2,9 @@
 
 import csv
 import json
+import threading
+import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -54,15 +57,15 @@ def test_ledger_counts_every_payload_byte(start, tools, toy_folder):
     # Toy base: per layer q (16x16) and v (8x16), rank 2, float32, two layers.
     update = 2 * 2 * ((16 + 16) + (16 + 8)) * 4
     up = {(r["round"], r["client"]): int(r["bytes"]) for r in rows if (r["direction"], r["kind"]) == ("up", "payload")}
-    down = {(r["round"], r["client"]): int(r["bytes"]) for r in rows if (r["direction"], r["kind"]) == ("down", "payload")}
+    down = {
+        (r["round"], r["client"]): int(r["bytes"]) for r in rows if (r["direction"], r["kind"]) == ("down", "payload")
+    }
     assert up == {(r, c): update for r in "12" for c in "ab"}
     assert down == {("2", "a"): 2 * update, ("2", "b"): 2 * update}
     assert all(int(r["bytes"]) > 0 for r in rows if r["kind"] == "control")
 
 
 def test_final_digest_does_not_depend_on_arrival_order(start, tools, toy_folder, tmp_path):
-    import threading
-
     digests = set()
     for order in (["a", "b", "c"], ["c", "b", "a"], ["b", "c", "a"]):
         served = start(run={"folder": str(tmp_path / "".join(order))}, rounds={"count": 2, "min_clients": 3})
@@ -71,14 +74,14 @@ def test_final_digest_does_not_depend_on_arrival_order(start, tools, toy_folder,
         gates[order[0], 2].set()
 
         def turn(name, gates=gates):
-            return lambda number: gates[name, number].wait(10)
+            return lambda r: gates[name, r].wait(10)
 
         clients = [
             tools.client(toy_folder, n, lambda s=served: s.address, rank=r, examples=e, before_submit=turn(n)).start()
             for n, r, e in (("a", 1, 3), ("b", 2, 7), ("c", 4, 11))
         ]
         for number in (1, 2):
-            for before, after in zip(order, order[1:], strict=False):
+            for before, after in pairwise(order):
                 _until(lambda s=served, b=before, n=number: _accepted(s, b, n))
                 gates[after, number].set()
         served.join()
@@ -131,12 +134,12 @@ def test_sampled_clients_are_those_of_the_draw(start, tools, toy_folder):
 
 def _accepted(served, client, number):
     work = served.coordinator.engine.open
-    return served.run.version.number >= number or (work is not None and work.number == number and client in work.updates)
+    return served.run.version.number >= number or (
+        work is not None and work.number == number and client in work.updates
+    )
 
 
 def _until(condition, seconds=10):
-    import time
-
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing happened"

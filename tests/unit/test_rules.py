@@ -1,6 +1,7 @@
 """When rounds close: every line of the rules, on both sides of its edge."""
 
 import pytest
+
 from fedtune.config.schema import RoundsConfig
 from fedtune.rules import Move, View, decide, needed, quorum_of, wait_s
 
@@ -40,7 +41,9 @@ def test_quorum_of_all_waits_for_all():
     assert decide(view(accepted=4, outstanding=0), strict) == Move.CLOSE
 
 
-@pytest.mark.parametrize(("quorum", "target", "count"), [(0.5, 4, 2), (0.5, 5, 3), (1.0, 7, 7), (0.01, 10, 1), (0.7, 10, 7)])
+@pytest.mark.parametrize(
+    ("quorum", "target", "count"), [(0.5, 4, 2), (0.5, 5, 3), (1.0, 7, 7), (0.01, 10, 1), (0.7, 10, 7)]
+)
 def test_quorum(quorum, target, count):
     assert quorum_of(RoundsConfig(quorum=quorum), target) == count
 

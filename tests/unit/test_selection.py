@@ -2,9 +2,10 @@
 
 from collections import Counter
 
-from fedtune.selection import asked, select
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fedtune.selection import asked, select
 
 ids = st.lists(st.from_regex(r"[a-z]{1,4}", fullmatch=True), unique=True, max_size=12)
 

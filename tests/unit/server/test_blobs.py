@@ -5,8 +5,9 @@ import hashlib
 import os
 
 import pytest
-from fedtune.errors import StorageError
 from fedtune_server.blobs import Blobs
+
+from fedtune.errors import StorageError
 
 
 @pytest.fixture

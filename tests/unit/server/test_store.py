@@ -4,11 +4,12 @@ import sqlite3
 from concurrent.futures import wait
 
 import pytest
-from fedtune.errors import StorageError
-from fedtune.method import Member
 from fedtune_server import records
 from fedtune_server.records import RoundRow, TaskRow, UpdateRow, VersionRow
 from fedtune_server.store import Store
+
+from fedtune.errors import StorageError
+from fedtune.method import Member
 
 ROUND = RoundRow(1, 1, "open", 2, ("a", "b"), 5.0)
 

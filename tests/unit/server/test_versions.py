@@ -3,11 +3,12 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from fedtune.errors import StorageError
-from fedtune.tensors import digest
 from fedtune_server.blobs import Blobs
 from fedtune_server.records import VersionRow
 from fedtune_server.versions import load_version, save_version
+
+from fedtune.errors import StorageError
+from fedtune.tensors import digest
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
 """Manifests over the wire: what goes in comes out, and nothing else gets through."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fedtune.errors import WireError
 from fedtune.tensors import DTYPES, Manifest, TensorSpec
 from fedtune.wire import convert
 from fedtune.wire.v1 import coordinator_pb2 as pb
-from hypothesis import given
-from hypothesis import strategies as st
 
 specs = st.builds(
     TensorSpec,

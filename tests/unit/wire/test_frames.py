@@ -3,11 +3,12 @@
 import hashlib
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fedtune.errors import WireError
 from fedtune.wire import MAX_FRAME
 from fedtune.wire.frames import Assembler, cut, sha256
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 @given(st.lists(st.binary(max_size=40), max_size=8), st.integers(1, 17))

@@ -2,6 +2,7 @@
 
 import grpc
 import pytest
+
 from fedtune.errors import DataError, ModelError, ProtocolError, StorageError, UnavailableError, WireError
 from fedtune.wire.status import KIND_KEY, code_of, error_of, metadata_of
 
