@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtune.config.schema import TrainingConfig
 from fedtune.errors import TrainingError, problem
+from fedtune.exact import LIMIT
 from fedtune.lora import LoraSpec
 from fedtune.tensors import Array, Tensors
 from fedtune.training.encoding import Encoded
@@ -47,7 +48,7 @@ def fit_adapter(bench: Bench, spec: LoraSpec, factors: Tensors, seed: int) -> tu
         The new factors, float32, and the metrics of `fedtune.training.loop.train`.
 
     Raises:
-        TrainingError: a loss is not finite, or no factor changed.
+        TrainingError: a loss is not finite, no factor changed, or one grew out of bounds.
     """
     with injected(bench.scorer.model, spec, factors) as adapter:
         before = adapter.factors()
@@ -55,8 +56,18 @@ def fit_adapter(bench: Bench, spec: LoraSpec, factors: Tensors, seed: int) -> tu
             bench.scorer, adapter.weights.values(), bench.plan().batches(seed), bench.config, seed, bench.on_step
         )
         after = adapter.factors()
+    _check(before, after)
+    return after, metrics
+
+
+def _check(before: Tensors, after: Tensors) -> None:
+    """Raises TrainingError unless something changed, and stayed within what methods can sum."""
+    for name, array in after.items():
+        # Norms inside a model hide infinities from the loss, so the factors are looked at themselves.
+        largest = float(np.abs(array).max(initial=0.0))
+        if not largest < LIMIT:
+            want = f"magnitudes below {LIMIT:.0f}"
+            raise TrainingError(problem(f"trained {name}", want, largest, "Lower training.learning_rate"))
     if all(np.array_equal(before[name], after[name]) for name in before):
-        raise TrainingError(
-            problem("update", "factors that changed", "the ones training began with", "Raise training.learning_rate")
-        )
-    return {name: np.asarray(array, np.float32) for name, array in after.items()}, metrics
+        want, got = "factors that changed", "those that training began with"
+        raise TrainingError(problem("update", want, got, "Raise training.learning_rate"))

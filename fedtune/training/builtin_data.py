@@ -67,7 +67,9 @@ def read_chitchat() -> list[Row]:
 
 def read_topics() -> list[Row]:
     """Paragraphs of Python's help as `text`, with their `topic`."""
-    return [{"text": part, "topic": name} for name in sorted(topics) for part in _paragraphs(topics[name])]
+    # Some topics repeat others' words: a paragraph is kept where it comes first.
+    parts = {part: name for name in sorted(topics, reverse=True) for part in _paragraphs(topics[name])}
+    return [{"text": part, "topic": name} for part, name in sorted(parts.items(), key=lambda item: item[1])]
 
 
 def _member(archive: tarfile.TarFile, ending: str) -> bytes:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedtune.base import open_base
 from fedtune.config import Config, Shared
-from fedtune.config.members import member_ids
+from fedtune.config.members import member_config, member_ids
 from fedtune.errors import ProtocolError, problem
 from fedtune.lora import layers_of, save_peft
 from fedtune.method import Member
@@ -50,13 +50,16 @@ def train_centralised(
         config: the run.
         rows: what to train on; None means the configured data.
         on_step: told of every step.
-        index: train on this simulated client's part of the configured data only, as that client.
+        index: train as this client of the simulation: on its part of the data, with its rank and alpha.
 
     Raises:
         FedtuneError: model or data are missing or unusable, or training fails.
     """
-    threads = config.client.threads or config.simulation.threads
-    config = replace(config, client=replace(config.client, threads=threads))
+    if index is None:
+        threads = config.client.threads or config.simulation.threads
+        config = replace(config, client=replace(config.client, threads=threads))
+    else:
+        config = member_config(config, index, config.client.address)
     worker = TorchWorker.open(config, Shared.of(config), index, on_step, rows)
     base = open_base(resolve_model(config.model.name, config.model.revision), config.model.name)
     member = config.method.admit(Member(member_ids(config)[index or 0], config.client.rank, config.client.alpha))

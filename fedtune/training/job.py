@@ -1,6 +1,6 @@
 """One client's turn in one round: the verbs a method may use, on a torch model."""
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -9,9 +9,18 @@ from fedtune.lora import LoraSpec
 from fedtune.method import Member
 from fedtune.tensors import Array, Tensors
 from fedtune.training.lora import fresh_factors
+from fedtune.training.merging import MergedBase
 
-if TYPE_CHECKING:
-    from fedtune.training.worker import TorchWorker
+
+class Holder(Protocol):
+    """What a job needs of the worker that holds the weights."""
+
+    base: MergedBase
+    attached: tuple[LoraSpec, Tensors] | None
+    memory: dict[str, Array]
+
+    def fit(self, spec: LoraSpec, factors: Tensors, seed: int) -> Tensors:
+        """Trains an adapter that starts at `factors`, and returns its new ones."""
 
 
 class TorchJob:
@@ -22,7 +31,7 @@ class TorchJob:
         memory: what the client keeps between rounds.
     """
 
-    def __init__(self, worker: "TorchWorker", member: Member, seed: int) -> None:
+    def __init__(self, worker: Holder, member: Member, seed: int) -> None:
         self.member = member
         self.memory: dict[str, Array] = worker.memory
         self._worker = worker

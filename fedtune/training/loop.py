@@ -115,7 +115,7 @@ def _training(scorer: Scorer, config: TrainingConfig) -> Iterator[None]:
     model = scorer.model.train()
     try:
         if config.checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         yield
     finally:
         if config.checkpointing:

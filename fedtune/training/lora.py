@@ -47,7 +47,8 @@ def injected(model: PreTrainedModel, spec: LoraSpec, factors: Tensors) -> Iterat
         _check_fit(layer, module, factors, spec.rank)
     frozen = [weight for weight in model.parameters() if not weight.requires_grad]
     try:
-        inject_adapter_in_model(_peft_config(spec, before), model, adapter_name=_NAME)
+        with torch.random.fork_rng(devices=[]):  # new layers draw weights, which are replaced at once
+            inject_adapter_in_model(_peft_config(spec, before), model, adapter_name=_NAME)
         yield Adapter(_load(model, spec, factors))
     finally:
         for layer, module in before.items():

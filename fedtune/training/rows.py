@@ -1,6 +1,7 @@
 """Reading rows: JSONL, CSV and Parquet files, folders of them, data sets of the hub or on disk."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,7 +97,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
-    reader = csv.DictReader(_text(file).splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
     try:
         for number, row in enumerate(reader, 1):
             if None in row or None in row.values():
@@ -121,7 +122,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Row]]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return file.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(problem(str(file), "a UTF-8 text file", error)) from error
 

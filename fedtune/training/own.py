@@ -1,0 +1,85 @@
+"""A training function of your own as a fedtune worker: fedtune puts the adapter in, you train, fedtune takes it out.
+
+    def open_worker(config, shared, index, on_step):             # runs once, on the client's machine
+        model, loader = my_model(), my_loader(index)
+        return OwnWorker(model, my_folder, len(loader.dataset), lambda model, seed: my_train(model, loader), shared.seed)
+
+The function gets the model with a LoRA adapter in it, whose factors are the only weights that require a gradient, and
+returns what it measured. It fits every runtime: `fedtune_client.main.run`, and `fedtune.flower.client.client_app`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from fedtune.base import open_base
+from fedtune.errors import TrainingError, problem
+from fedtune.lora import LoraSpec
+from fedtune.method import Member, Method
+from fedtune.rounds import job_seed
+from fedtune.tensors import Array, Tensors
+from fedtune.training.job import TorchJob
+from fedtune.training.lora import injected
+from fedtune.training.merging import MergedBase
+
+TrainFunction: TypeAlias = Callable[[PreTrainedModel, int], dict[str, float]]
+"""Trains the weights that require a gradient, in place, with all randomness from the seed; returns its metrics."""
+
+
+class OwnWorker:
+    """A `fedtune.worker.Worker` around a training function.
+
+    Attributes:
+        base_digest: fingerprint of the base weights as stored.
+        examples: rows the function trains on: the weight of this client's update.
+        metrics: what the last training returned.
+        base: the model, with what has been merged into it.
+        attached: adapter a method has attached, and its factors.
+        memory: what the client keeps between rounds.
+    """
+
+    def __init__(self, model: PreTrainedModel, folder: Path, examples: int, train: TrainFunction, seed: int) -> None:
+        """Wraps a model.
+
+        Args:
+            model: as loaded from `folder`, on the device it is to be trained on.
+            folder: the base model on disk; the coordinator has the same, and compares fingerprints.
+            examples: at least 1.
+            train: the function.
+            seed: of the run (`shared.seed`).
+        """
+        self.base_digest = open_base(folder).digest
+        self.examples = examples
+        self.metrics: dict[str, float] = {}
+        self.base = MergedBase(model)
+        self.attached: tuple[LoraSpec, Tensors] | None = None
+        self.memory: dict[str, Array] = {}
+        self._train, self._seed = train, seed
+
+    def reset(self) -> None:
+        """Goes back to the base weights, with nothing attached."""
+        self.base.reset()
+        self.attached = None
+
+    def job(self, method: Method, member: Member, round_number: int) -> TorchJob:
+        """Starts one round's turn."""
+        return TorchJob(self, member, job_seed(self._seed, round_number, member.id))
+
+    def fit(self, spec: LoraSpec, factors: Tensors, seed: int) -> Tensors:
+        """Puts an adapter in, calls the function, and takes the adapter out.
+
+        Raises:
+            TrainingError: the function changed nothing.
+        """
+        with injected(self.base.model, spec, factors) as adapter:
+            before = adapter.factors()
+            self.metrics = {name: float(value) for name, value in self._train(self.base.model, seed).items()}
+            after = adapter.factors()
+        if all(np.array_equal(before[name], after[name]) for name in before):
+            want = "an adapter that the training function changed"
+            remedy = "Train the weights that require a gradient, in place"
+            raise TrainingError(problem("update", want, "the one it was given", remedy))
+        return after

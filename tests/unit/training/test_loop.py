@@ -1,0 +1,139 @@
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.config.schema import DataConfig, TrainingConfig
+from fedtune.errors import TrainingError
+from fedtune.lora import LoraSpec
+from fedtune.training.adapt import Bench, fit_adapter
+from fedtune.training.encoding import encode_rows
+from fedtune.training.loop import rate
+from fedtune.training.lora import fresh_factors
+from fedtune.training.models import load_model
+from fedtune.training.scoring import Scorer
+
+_SPEC = LoraSpec(("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.up_proj"), 4, 8)
+_ROWS = [{"q": f"say {word}", "a": word} for word in ("one", "two", "three", "four", "five", "six", "seven", "eight")]
+_CONFIG = TrainingConfig(steps=6, batch_size=2, learning_rate=1e-2, max_length=64)
+
+
+def _bench(model, tokenizer, config: TrainingConfig = _CONFIG, on_step=None) -> Bench:
+    rows = encode_rows(_ROWS, tokenizer, DataConfig(prompt="q", response="a"), config.max_length)
+    return Bench(Scorer.probe(model), tokenizer, rows, config, on_step)
+
+
+def _fit(model, tokenizer, config=_CONFIG, spec=_SPEC, seed=3, on_step=None):
+    return fit_adapter(_bench(model, tokenizer, config, on_step), spec, fresh_factors(model, spec, seed), seed)
+
+
+def _distance(one, two) -> float:
+    return max(float(np.abs(one[name] - two[name]).max()) for name in one)
+
+
+def test_the_loss_falls(tiny_folder):
+    model, tokenizer = load_model(tiny_folder, "float32", torch.device("cpu"))
+    layers = tuple(f"model.layers.{i}.{part}" for i in range(4) for part in ("self_attn.v_proj", "mlp.up_proj"))
+    _, metrics = _fit(model, tokenizer, replace(_CONFIG, steps=40, batch_size=4), LoraSpec(layers, 8, 16))
+    assert metrics["loss_last"] < 0.5 * metrics["loss_first"]
+    assert metrics["steps"] == 40
+
+
+def test_the_same_seed_gives_the_same_bits_with_dropout_too(gpt2, tokenizer):
+    spec = LoraSpec(("transformer.h.0.attn.c_attn",), 4, 8, dropout=0.2)
+    torch.manual_seed(1)
+    one, _ = _fit(gpt2, tokenizer, spec=spec)
+    torch.manual_seed(2)
+    two, _ = _fit(gpt2, tokenizer, spec=spec)
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    other, _ = _fit(gpt2, tokenizer, spec=spec, seed=4)
+    assert _distance(one, other) > 0
+
+
+def test_the_process_keeps_its_random_state_and_the_model_its_mode(llama, tokenizer):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    _fit(llama, tokenizer)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not llama.training
+
+
+def test_parts_of_a_batch_give_the_gradients_of_the_whole(llama, tokenizer):
+    for packing in (True, False):
+        config = replace(_CONFIG, steps=1, batch_size=4, packing=packing, max_length=40)
+        whole, _ = _fit(llama, tokenizer, config)
+        parts, _ = _fit(llama, tokenizer, replace(config, accumulate=3))
+        assert _distance(whole, parts) < 1e-5
+
+
+def test_checkpointing_changes_no_number(llama, tokenizer):
+    plain, _ = _fit(llama, tokenizer)
+    saved, _ = _fit(llama, tokenizer, replace(_CONFIG, checkpointing=True))
+    assert _distance(plain, saved) < 1e-6
+    assert not llama.is_gradient_checkpointing
+
+
+def test_every_step_is_reported(llama, tokenizer):
+    told = []
+    _, metrics = _fit(llama, tokenizer, on_step=lambda *step: told.append(step))
+    assert [(number, steps) for number, steps, _ in told] == [(i, 6) for i in range(1, 7)]
+    assert metrics["loss_first"] == told[0][2]
+    assert metrics["loss_last"] == told[-1][2]
+    assert metrics["loss"] == pytest.approx(np.mean([loss for *_, loss in told]))
+    assert metrics["answer_tokens"] < metrics["tokens"]
+
+
+def test_an_error_of_the_listener_ends_training_and_leaves_the_model(llama, tokenizer):
+    def stop(step: int, steps: int, loss: float) -> None:
+        raise InterruptedError
+
+    ids = torch.arange(9)[None]
+    before = llama(input_ids=ids).logits
+    with pytest.raises(InterruptedError):
+        _fit(llama, tokenizer, on_step=stop)
+    assert torch.equal(llama(input_ids=ids).logits, before)
+    assert not llama.training
+
+
+def test_divergence_is_an_error(llama, tokenizer):
+    with pytest.raises(TrainingError, match=r"trained .*/B: expected magnitudes below 2048"):
+        _fit(llama, tokenizer, replace(_CONFIG, learning_rate=1e30))
+
+
+def test_a_loss_that_is_not_a_number_is_an_error(llama, tokenizer):
+    bench = _bench(llama, tokenizer)
+    llama.get_submodule("model.norm").weight.data[3] = float("nan")
+    with pytest.raises(TrainingError, match="loss of step 1: expected a finite number, got nan"):
+        fit_adapter(bench, _SPEC, fresh_factors(llama, _SPEC, 1), 1)
+
+
+def test_an_update_that_changes_nothing_is_an_error(llama, tokenizer):
+    with pytest.raises(TrainingError, match="learning_rate"):
+        _fit(llama, tokenizer, replace(_CONFIG, learning_rate=1e-60))
+
+
+def test_clipping_bounds_the_first_step_of_a_large_loss(llama, tokenizer):
+    free, _ = _fit(llama, tokenizer, replace(_CONFIG, steps=2, clip_norm=0.0))
+    bound, _ = _fit(llama, tokenizer, replace(_CONFIG, steps=2, clip_norm=1e-9))
+    assert _distance(free, bound) > 0
+
+
+def test_rates():
+    cosine = TrainingConfig(schedule="cosine", warmup_steps=2)
+    rates = [rate(cosine, step, 12) for step in range(12)]
+    assert rates[:3] == [1 / 3, 2 / 3, 1.0]
+    assert all(a > b for a, b in pairwise(rates[2:]))
+    assert rates[7] == pytest.approx(0.5)
+    assert 0 < rates[-1] < 0.05
+    assert [rate(TrainingConfig(), step, 3) for step in range(3)] == [1.0, 1.0, 1.0]
+    assert math.isfinite(rate(TrainingConfig(schedule="cosine", warmup_steps=5), 5, 5))
+
+
+def test_bfloat16_arithmetic_stays_close(llama, tokenizer):
+    _, exact = _fit(llama, tokenizer)
+    _, rough = _fit(llama, tokenizer, replace(_CONFIG, autocast="on"))
+    assert rough["loss"] == pytest.approx(exact["loss"], rel=0.05)
+    assert rough["loss"] != exact["loss"]

@@ -1,0 +1,125 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.base import open_base
+from fedtune.config import Config, Shared, parse
+from fedtune.config.members import member_config, member_ids
+from fedtune.errors import ModelError, ProtocolError
+from fedtune.locate import locate_model
+from fedtune.lora import LoraSpec, key_a, load_peft
+from fedtune.method import Member
+from fedtune.methods.flora import stacked
+from fedtune.simulation import Result, simulate
+from fedtune.tensors import digest
+from fedtune.training.centralised import train_centralised
+from fedtune.training.evaluate import Evaluator
+from fedtune.training.worker import TorchWorker
+
+
+@pytest.fixture
+def config(tiny_folder, tmp_path) -> Config:
+    rows = [{"q": f"say {word}", "a": word * 2} for word in ("one", "two", "three", "four", "five", "six") * 4]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return parse(
+        {
+            "model": {"name": str(tiny_folder)},
+            "data": {"name": str(tmp_path / "rows.jsonl"), "prompt": "q", "response": "a"},
+            "training": {"steps": 3, "batch_size": 2, "max_length": 64, "learning_rate": 1e-2},
+            "method": {"rank": 4},
+            "simulation": {"clients": 3, "ranks": [4, 2, 1]},
+            "run": {"seed": 11},
+        }
+    )
+
+
+def _federate(config: Config, rounds: int) -> Result:
+    base = open_base(locate_model(config.model.name))
+    members = []
+    for index, name in enumerate(member_ids(config)):
+        client = member_config(config, index, "").client
+        members.append(Member(name, client.rank, client.alpha))
+
+    def open_worker(member: Member) -> TorchWorker:
+        index = member_ids(config).index(member.id)
+        return TorchWorker.open(member_config(config, index, ""), Shared.of(config), index)
+
+    return simulate(config.method, base, members, open_worker, rounds, config.run.seed)
+
+
+def test_the_same_run_twice_gives_the_same_bits(config):
+    assert _federate(config, 2).digest == _federate(config, 2).digest
+    assert _federate(config, 2).digest != _federate(replace(config, run=replace(config.run, seed=12)), 2).digest
+
+
+def test_a_federation_learns(config):
+    config = replace(config, training=replace(config.training, steps=20))
+    result = _federate(config, 3)
+    evaluator = Evaluator.open(config)
+    before = evaluator.base()
+    after = evaluator.factors(stacked(result.state))
+    assert after["loss"] < before["loss"] - 0.5
+    assert evaluator.base() == before
+
+
+@pytest.mark.parametrize("method", ["flora", "fedavg-lora"])
+def test_one_client_and_one_round_are_bit_equal_to_centralised_training(config, method, tmp_path):
+    raw = {"name": method, "rank": 4, "target_modules": ["q_proj", "down_proj"], "dropout": 0.1}
+    chosen = parse({"method": raw}).method
+    config = replace(config, method=chosen, simulation=replace(config.simulation, clients=1))
+    result = _federate(config, 1)
+    trained = train_centralised(config)
+    trained.save(config, tmp_path / "central")
+    config.method.export(result.state, tmp_path / "federated", config.model.name)
+    central, federated = (load_peft(tmp_path / name)[0] for name in ("central", "federated"))
+    assert digest(central) == digest(federated)
+    assert np.abs(central[key_a("model.layers.0.mlp.down_proj")]).max() > 0
+
+
+def test_a_worker_that_is_reset_can_start_again(config):
+    worker = TorchWorker.open(config, Shared.of(config), 0)
+    method, member = config.method, config.method.admit(Member("client-00"))
+    spec = LoraSpec(("model.layers.0.self_attn.q_proj",), 4, 8)
+    first = worker.job(method, member, 1).train_fresh(spec)
+    worker.job(method, member, 1).merge(first)
+    merged = worker.job(method, member, 1).train_fresh(spec)
+    worker.reset()
+    assert digest(worker.job(method, member, 1).train_fresh(spec)) == digest(first) != digest(merged)
+    assert worker.metrics["steps"] == 3
+    assert worker.examples == len(worker._bench.rows)
+
+
+def test_training_what_is_not_attached(config):
+    worker = TorchWorker.open(config, Shared.of(config))
+    with pytest.raises(ProtocolError, match="attached"):
+        worker.job(config.method, Member("client-00"), 1).train_attached()
+
+
+def test_memory_is_kept_between_rounds(config):
+    worker = TorchWorker.open(config, Shared.of(config))
+    worker.job(config.method, Member("a"), 1).memory["error"] = np.ones(3)
+    assert worker.job(config.method, Member("a"), 2).memory["error"].sum() == 3
+
+
+def test_thread_counts_are_set(config):
+    before = torch.get_num_threads()
+    try:
+        TorchWorker.open(replace(config, client=replace(config.client, threads=2)), Shared.of(config))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_device_that_is_not_there(config):
+    with pytest.raises(ModelError, match=r"client\.device"):
+        TorchWorker.open(replace(config, client=replace(config.client, device="teapot")), Shared.of(config))
+
+
+def test_local_training_of_one_client(config):
+    trained = train_centralised(config, index=1)
+    assert trained.member.id == "client-01"
+    result = _federate(config, 1)
+    assert trained.metrics["loss"] == result.rounds[0].metrics["client-01"]["loss"]
