@@ -36,7 +36,7 @@ def _held_out(axes: "Axes", report: dict[str, Any]) -> None:
         axes.axhline(base["loss"], color=_GREY, linestyle="--", linewidth=1, label="base model")
     if points:
         axes.plot(*zip(*points, strict=True), color=_BLUE, marker="o", markersize=4, label="federated")
-        axes.annotate(f"{points[-1][1]:.3f}", points[-1], xytext=(0, 7), textcoords="offset points", ha="center")
+        axes.annotate(f"{points[-1][1]:.3f}", points[-1], xytext=(4, 8), textcoords="offset points", ha="right")
         axes.margins(y=0.15)
         axes.legend(frameon=False)
     else:
