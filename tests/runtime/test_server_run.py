@@ -74,7 +74,7 @@ def test_final_digest_does_not_depend_on_arrival_order(start, tools, toy_folder,
         gates[order[0], 2].set()
 
         def turn(name, gates=gates):
-            return lambda r: gates[name, r].wait(10)
+            return lambda now: gates[name, now].wait(10)
 
         clients = [
             tools.client(toy_folder, n, lambda s=served: s.address, rank=r, examples=e, before_submit=turn(n)).start()
