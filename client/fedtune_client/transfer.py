@@ -13,7 +13,7 @@ from fedtune import wire
 from fedtune.errors import StorageError, WireError, problem
 from fedtune.rounds import Task, receive
 from fedtune.wire.convert import manifest_from_proto, parse
-from fedtune.wire.frames import Assembler, cut
+from fedtune.wire.frames import Assembler
 from fedtune.wire.v1 import coordinator_pb2 as pb
 from fedtune_client.outbox import Update
 
@@ -56,10 +56,9 @@ class Transfer:
         call: grpc.StreamUnaryMultiCallable[bytes, pb.SubmitReply] = self.channel.stream_unary(
             wire.SUBMIT, response_deserializer=pb.SubmitReply.FromString
         )
-        with update.file.open("rb") as stream:
-            return call(self._frames(message, update, stream.fileno()))
+        return call(self._frames(message, update))
 
-    def _frames(self, message: pb.Task, update: Update, descriptor: int) -> Iterator[bytes]:
+    def _frames(self, message: pb.Task, update: Update) -> Iterator[bytes]:
         yield pb.SubmitHeader(
             client_id=self.client_id,
             task_id=message.task_id,
@@ -69,8 +68,9 @@ class Transfer:
             metrics=update.metrics,
             state_digest=update.key.state_digest,
         ).SerializeToString()
-        if update.nbytes:
-            yield from cut([memoryview(mmap.mmap(descriptor, update.nbytes, access=mmap.ACCESS_READ))])
+        with update.file.open("rb", buffering=0) as stream:
+            while frame := stream.read(wire.FRAME):
+                yield frame
 
     def _buffer(self, nbytes: int) -> memoryview:
         """Returns writable memory of `nbytes` bytes."""

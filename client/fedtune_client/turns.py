@@ -15,6 +15,7 @@ from typing import TypeVar
 import grpc
 
 from fedtune import wire
+from fedtune.allocator import release
 from fedtune.config import Shared
 from fedtune.errors import UnavailableError, WireError, problem
 from fedtune.method import ClientJob, Member
@@ -129,6 +130,7 @@ class Turns:
         else:
             update = self._train(task, key)
         self._submit(update)
+        release()
 
     def _train(self, message: pb.Task, key: Key) -> Update:
         """Brings the model to the task's version, trains, and puts the encoded update into the outbox."""
