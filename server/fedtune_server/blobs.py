@@ -43,7 +43,7 @@ class Draft:
         finally:
             self.path.unlink(missing_ok=True)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Appends; raises StorageError when the disk refuses."""
         try:
             self._file.write(data)
@@ -83,13 +83,15 @@ class Blobs:
         """Starts a new blob; raises StorageError when the disk refuses."""
         return Draft(self.folder)
 
-    def put(self, data: bytes) -> str:
-        """Stores `data` durably and returns its digest; raises StorageError when the disk refuses."""
-        digest = hashlib.sha256(data).hexdigest()
+    def put(self, buffers: Iterable[bytes | memoryview]) -> str:
+        """Stores the bytes of all buffers durably; returns their digest, or raises StorageError."""
+        sha = hashlib.sha256()
         with self.draft() as draft:
-            draft.write(data)
-            draft.publish(digest)
-        return digest
+            for buffer in buffers:
+                sha.update(buffer)
+                draft.write(buffer)
+            draft.publish(sha.hexdigest())
+        return sha.hexdigest()
 
     def load(self, digest: str) -> memoryview:
         """Returns the bytes of a blob; raises StorageError when it is missing or is not what its name says."""

@@ -126,7 +126,7 @@ class Coordinator:
             await asyncio.sleep(WATCH_S)
             ledger = self._run.book.take()
             try:
-                await asyncio.wrap_future(self._run.store.submit(records.add_ledger(ledger)))
+                await self._run.store.commit(records.add_ledger(ledger))
                 self._run.healthy = True
             except StorageError:
                 self._run.book.give_back(ledger)

@@ -251,7 +251,7 @@ class Engine:
                 pause = min(2 * pause, 10.0)
 
     async def _record(self, row: RoundRow, tasks: Iterable[TaskRow]) -> None:
-        await asyncio.wrap_future(self.run.store.submit(records.write_round(row, list(tasks))))
+        await self.run.store.commit(records.write_round(row, list(tasks)))
 
     async def _sleep(self, seconds: float) -> None:
         try:

@@ -23,7 +23,7 @@ class Patience:
 
     hello_s: float = 10.0
     ready_s: float = 3600.0
-    frame_s: float = 30.0
+    frame_s: float = 60.0
     submit_s: float = 60.0
     min_rate: float = 32 * 1024
 

@@ -49,7 +49,7 @@ async def take(
     try:
         await asyncio.to_thread(draft.publish, row.digest)
         started = time.monotonic()
-        await asyncio.wrap_future(run.store.submit(records.write_update(row, bytes_up)))
+        await run.store.commit(records.write_update(row, bytes_up))
     except BaseException:
         work.total.forget()
         raise

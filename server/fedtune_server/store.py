@@ -5,6 +5,7 @@ each within a savepoint of its own, commits (synchronous=FULL: the disk has it),
 answered survives kill -9 and power cuts; what was not may be asked again.
 """
 
+import asyncio
 import queue
 import sqlite3
 import threading
@@ -65,6 +66,14 @@ class Store:
         """Runs one change and waits for it; raises StorageError when the disk refuses."""
         return self.submit(change).result()
 
+    async def commit(self, change: Change[T]) -> T:
+        """Waits for a change on the event loop. A caller that is cancelled stops waiting; the change is made anyway.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        return await asyncio.shield(asyncio.wrap_future(self.submit(change)))
+
     def close(self) -> None:
         """Finishes what is queued and closes the file."""
         self._queue.put(None)
@@ -80,7 +89,7 @@ class Store:
                     last = True
                     break
                 batch.append(item)
-            self._commit(batch)
+            self._commit([item for item in batch if item[1].set_running_or_notify_cancel()])
             if last:
                 return
 

@@ -148,7 +148,7 @@ class Transfer:
     async def _known_or_late(self, header: pb.SubmitHeader) -> pb.SubmitReply:
         """A round that is closed still answers ACCEPTED to the bytes it took: the first answer may have been lost."""
         find = records.find_update(header.client_id, header.task_id)
-        if await asyncio.wrap_future(self._run.store.submit(find)) == header.sha256:
+        if await self._run.store.commit(find) == header.sha256:
             return pb.SubmitReply(status=pb.SUBMIT_STATUS_ACCEPTED)
         return self._late(header.client_id)
 

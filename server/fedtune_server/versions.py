@@ -1,22 +1,28 @@
 """The shared state on disk: each version writes only the tensors that changed, and every tensor proves itself."""
 
-from collections.abc import Mapping
+import json
+import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, deserialize
-from safetensors.numpy import save
 
 from fedtune.errors import StorageError, problem
-from fedtune.tensors import DTYPES, Array, Tensors, leaf_digest, root_digest
+from fedtune.tensors import DTYPES, Array, Tensors, as_bytes, dtype_name, leaf_digest, root_digest
 from fedtune_server.blobs import Blobs
 from fedtune_server.records import VersionRow
 
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"} | {
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
     "I64": "int64",
     "I32": "int32",
     "U8": "uint8",
 }
+_CODES = {name: code for code, name in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ def save_version(blobs: Blobs, number: int, state: Tensors, before: Version | No
     old = before.row.tensors if before else {}
     leaves = {name: _leaf(name, array, before) for name, array in state.items()}
     changed = {name: array for name, array in state.items() if name not in old or old[name][1] != leaves[name]}
-    blob = blobs.put(save({name: np.ascontiguousarray(array) for name, array in changed.items()})) if changed else ""
+    blob = blobs.put(_safetensors(changed)) if changed else ""
     where = {name: (blob if name in changed else old[name][0], leaves[name]) for name in state}
     return Version(number, state, VersionRow(number, _root(leaves), where))
 
@@ -70,17 +76,39 @@ def _root(leaves: Mapping[str, str]) -> str:
     return root_digest(bytes.fromhex(leaves[name]) for name in sorted(leaves))
 
 
+def _safetensors(tensors: Mapping[str, Array]) -> Iterator[bytes | memoryview]:
+    """Yields a safetensors file without holding it: length of the header, header, then the arrays' own memory.
+
+    Wide types come first, so that every array starts at a multiple of its item size.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, object] = {}
+    offset = 0
+    for name in order:
+        array = tensors[name]
+        span = [offset, offset + array.nbytes]
+        header[name] = {"dtype": _CODES[dtype_name(array)], "shape": array.shape, "data_offsets": span}
+        offset += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for name in order:
+        yield as_bytes(tensors[name])
+
+
 def _read(blobs: Blobs, digest: str) -> dict[str, Array]:
+    """Returns arrays that are views of the mapped file."""
+    view = blobs.load(digest)
     try:
-        # safetensors.numpy does not read bfloat16; its own parser, which carries no types, does.
-        items = deserialize(bytes(blobs.load(digest)))  # type: ignore[no-untyped-call]
-    except SafetensorError as error:
+        (length,) = struct.unpack("<Q", view[:8])
+        header = json.loads(bytes(view[8 : 8 + length]))
+        return {name: _array(view[8 + length :], item) for name, item in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise StorageError(problem(str(blobs.folder / digest), "a safetensors file", error)) from error
-    return {name: _array(item) for name, item in items}
 
 
-def _array(item: Mapping[str, object]) -> Array:
-    data, shape, kind = item["data"], item["shape"], item["dtype"]
-    if not isinstance(data, bytes | bytearray) or not isinstance(shape, list) or kind not in _DTYPES:
-        raise StorageError(problem("version", "a tensor of fedtune", kind))
-    return np.frombuffer(data, np.uint8).view(DTYPES[_DTYPES[str(kind)]]).reshape(shape)
+def _array(data: memoryview, item: Mapping[str, Any]) -> Array:
+    start, end = item["data_offsets"]
+    array = np.frombuffer(data[start:end], np.uint8).view(DTYPES[_DTYPES[item["dtype"]]]).reshape(item["shape"])
+    array.flags.writeable = False
+    return array

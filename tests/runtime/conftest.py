@@ -124,6 +124,7 @@ class ToyClient:
                 self._session(calls)
             except grpc.RpcError as error:
                 if error.code() not in (
+                    grpc.StatusCode.DEADLINE_EXCEEDED,
                     grpc.StatusCode.UNAVAILABLE,
                     grpc.StatusCode.NOT_FOUND,
                     grpc.StatusCode.CANCELLED,

@@ -16,10 +16,10 @@ def blobs(tmp_path):
 
 
 def test_put_and_load(blobs):
-    digest = blobs.put(b"hello")
+    digest = blobs.put([b"hello"])
     assert digest == hashlib.sha256(b"hello").hexdigest()
     assert bytes(blobs.load(digest)) == b"hello"
-    assert bytes(blobs.load(blobs.put(b""))) == b""
+    assert bytes(blobs.load(blobs.put([b""]))) == b""
 
 
 def test_draft_that_is_not_published_leaves_nothing(blobs):
@@ -37,7 +37,7 @@ def test_view_outlives_the_draft(blobs):
 
 @pytest.mark.parametrize("damage", [b"hellp", b"hell", b""])
 def test_damaged_blob_is_named(blobs, damage):
-    digest = blobs.put(b"hello")
+    digest = blobs.put([b"hello"])
     (blobs.folder / digest).write_bytes(damage)
     with pytest.raises(StorageError, match=digest):
         blobs.load(digest)
@@ -53,7 +53,7 @@ def test_blob_is_on_disk_before_it_has_its_name(blobs, monkeypatch):
     fsync, replace = os.fsync, type(blobs.folder).replace
     monkeypatch.setattr(os, "fsync", lambda handle: (steps.append("fsync"), fsync(handle))[1])
     monkeypatch.setattr(type(blobs.folder), "replace", lambda a, b: (steps.append("rename"), replace(a, b))[1])
-    blobs.put(b"x")
+    blobs.put([b"x"])
     assert steps == ["fsync", "rename", "fsync"]
 
 
@@ -64,14 +64,14 @@ def test_full_disk_says_what_to_do_and_leaves_nothing(blobs, monkeypatch, number
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="Free some space"):
-        blobs.put(b"x")
+        blobs.put([b"x"])
     monkeypatch.undo()
     assert list(blobs.folder.iterdir()) == []
-    assert bytes(blobs.load(blobs.put(b"x"))) == b"x"
+    assert bytes(blobs.load(blobs.put([b"x"]))) == b"x"
 
 
 def test_sweep_keeps_what_is_named_and_what_is_being_written(blobs):
-    keep, drop = blobs.put(b"a"), blobs.put(b"b")
+    keep, drop = blobs.put([b"a"]), blobs.put([b"b"])
     draft = blobs.draft()
     assert blobs.sweep([keep]) == 1
     assert {path.name for path in blobs.folder.iterdir()} == {keep, draft.path.name}

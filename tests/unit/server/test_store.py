@@ -1,6 +1,8 @@
 """The log: durable, one answer per change, and a full disk is an error with a remedy."""
 
+import asyncio
 import sqlite3
+import time
 from concurrent.futures import wait
 
 import pytest
@@ -47,7 +49,7 @@ def test_power_cut_safe_settings(store):
 def test_many_waiting_changes_are_few_commits(store):
     commits = []
     store.call(lambda db: db.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None))
-    gate = store.submit(lambda db: __import__("time").sleep(0.2))
+    gate = store.submit(lambda db: time.sleep(0.2))
     futures = [store.submit(records.write_meta({f"k{i}": "v"})) for i in range(50)]
     wait([gate, *futures], 10)
     store.call(lambda db: db.set_trace_callback(None))
@@ -99,3 +101,19 @@ def test_update_of_a_task_is_found_again(store):
     assert store.call(records.find_update("a", "t" * 32)) == "d" * 64
     assert store.call(records.find_update("b", "t" * 32)) is None
     assert store.call(records.find_update("a", "u" * 32)) is None
+
+
+def test_caller_that_gives_up_harms_neither_its_change_nor_the_next(store):
+    async def give_up():
+        gate = store.submit(lambda db: time.sleep(0.1))
+        waiting = asyncio.create_task(store.commit(records.write_meta({"a": "1"})))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        gate.result()
+
+    asyncio.run(give_up())
+    dropped = [store.submit(lambda db: time.sleep(0.1)), store.submit(records.write_meta({"b": "1"}))]
+    assert dropped[1].cancel()
+    store.call(records.write_meta({"c": "1"}))
+    assert store.call(records.read_meta) == {"a": "1", "c": "1"}

@@ -6,6 +6,7 @@ import pytest
 from fedtune_server.blobs import Blobs
 from fedtune_server.records import VersionRow
 from fedtune_server.versions import load_version, save_version
+from safetensors.numpy import load_file
 
 from fedtune.errors import StorageError
 from fedtune.tensors import digest
@@ -59,6 +60,14 @@ def test_tensor_that_is_not_the_recorded_one_is_named(blobs):
 
 
 def test_blob_that_is_no_safetensors_is_named(blobs):
-    digest_of_junk = blobs.put(b"junk")
+    digest_of_junk = blobs.put([b"junk"])
     with pytest.raises(StorageError, match=digest_of_junk):
         load_version(blobs, VersionRow(0, "", {"a": (digest_of_junk, "0" * 64)}))
+
+
+def test_blob_is_a_safetensors_file_that_others_read(blobs):
+    state = {"a": np.arange(6, dtype=np.float32).reshape(2, 3).T, "b": np.int64([5])}
+    row = save_version(blobs, 0, state, None).row
+    loaded = load_file(blobs.folder / row.tensors["a"][0])
+    assert sorted(loaded) == ["a", "b"]
+    np.testing.assert_array_equal(loaded["a"], state["a"])
