@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.errors import WireError
@@ -34,6 +34,7 @@ def test_digest_of_nothing_and_of_a_mixed_bag_are_the_golden_ones():
     assert digest(bag) == "62ac9df1c2b84997f36691378ccd34529ba14bc698e9623ea47f01b1275cf9e3"
 
 
+@settings(deadline=None)
 @given(st.permutations([f"layer.{i}" for i in range(12)]), st.integers(1, 5))
 def test_digest_knows_neither_order_nor_threads(names, threads):
     bag = {name: np.full((2, int(name[6:])), float(name[6:]), np.float32) for name in names}
