@@ -143,11 +143,11 @@ def save_peft(
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_peft(folder: Path) -> tuple[dict[str, Array], float]:
+def load_peft(folder: Path) -> dict[str, Array]:
     """Reads a PEFT LoRA directory into factors whose scale is folded into A, so that the change is B A.
 
     Returns:
-        The factors in the file's dtype, and the scale that was folded in when it is the same for all layers, else 1.
+        `layer/A` (R, I) and `layer/B` (O, R), in the file's dtype.
 
     Raises:
         ModelError: no such directory, a damaged one, or an adapter that is not plain LoRA.
@@ -161,7 +161,7 @@ def load_peft(folder: Path) -> tuple[dict[str, Array], float]:
     if kind != "LORA" or config.get("use_dora"):
         raise ModelError(problem(f"{folder}: peft_type", "plain LORA", "DoRA" if kind == "LORA" else kind))
     try:
-        return _folded(config, stored), 1.0
+        return _folded(config, stored)
     except (KeyError, TypeError, AttributeError) as error:
         raise ModelError(problem(str(folder), "a whole LoRA adapter", f"one without {error}")) from error
 

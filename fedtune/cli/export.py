@@ -82,7 +82,7 @@ def _merge(adapter: Path, target: Path, base: str, dtype: str) -> None:
     from fedtune.training.merging import MergedBase
     from fedtune.training.models import choose_device, load_model, resolve_model
 
-    factors, _ = load_peft(adapter)
+    factors = load_peft(adapter)
     name = base or str(json.loads((adapter / _ADAPTER[0]).read_text()).get("base_model_name_or_path") or "")
     if not name:
         raise ModelError(problem(str(adapter), "the name of its base model", "none", "Give it with --base"))

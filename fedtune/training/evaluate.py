@@ -110,7 +110,7 @@ class Evaluator:
 
     def adapter(self, folder: Path) -> dict[str, float]:
         """Measures the base with a PEFT directory; raises ModelError when it does not fit."""
-        return self.factors(load_peft(folder)[0])
+        return self.factors(load_peft(folder))
 
     def factors(self, factors: Tensors) -> dict[str, float]:
         """Measures the base with B A of `factors` (`layer/A`, `layer/B`) added; the base is put back afterwards."""

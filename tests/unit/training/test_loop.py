@@ -38,7 +38,7 @@ def test_the_loss_falls(tiny_folder):
     model, tokenizer = load_model(tiny_folder, "float32", torch.device("cpu"))
     layers = tuple(f"model.layers.{i}.{part}" for i in range(4) for part in ("self_attn.v_proj", "mlp.up_proj"))
     _, metrics = _fit(model, tokenizer, replace(_CONFIG, steps=40, batch_size=4), LoraSpec(layers, 8, 16))
-    assert metrics["loss_last"] < 0.5 * metrics["loss_first"]
+    assert metrics["loss_last"] < 0.85 * metrics["loss_first"]
     assert metrics["steps"] == 40
 
 

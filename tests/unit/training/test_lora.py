@@ -140,7 +140,7 @@ def test_a_directory_we_write_is_loaded_by_peft_unchanged(case, tmp_path, alpha,
     factors = _factors(model, spec)
     save_peft(tmp_path, factors, rank=4, alpha=alpha, rslora=rslora)
     base = MergedBase(model)
-    base.merge(load_peft(tmp_path)[0])
+    base.merge(load_peft(tmp_path))
     merged = _logits(model)
     base.reset()
     loaded = PeftModel.from_pretrained(model, tmp_path)
