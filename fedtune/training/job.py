@@ -4,9 +4,10 @@ from typing import Protocol
 
 import numpy as np
 
+from fedtune.directions import Coefficients, Pool
 from fedtune.errors import ProtocolError, problem
 from fedtune.lora import LoraSpec
-from fedtune.method import Member
+from fedtune.method import Member, ZeroOrder
 from fedtune.tensors import Array, Tensors
 from fedtune.training.lora import fresh_factors
 from fedtune.training.merging import MergedBase
@@ -22,6 +23,12 @@ class Holder(Protocol):
     def fit(self, spec: LoraSpec, factors: Tensors, seed: int) -> Tensors:
         """Trains an adapter that starts at `factors`, and returns its new ones."""
 
+    def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
+        """Rebuilds all weights from the base, and returns the model's digest."""
+
+    def fit_seeds(self, pool: Pool, seeds: Coefficients, plan: ZeroOrder, seed: int) -> Array:
+        """Trains all weights along `seeds`, and returns each one's scalar."""
+
 
 class TorchJob:
     """A `fedtune.method.ClientJob`. It holds no weights: they are its worker's.
@@ -29,13 +36,14 @@ class TorchJob:
     Attributes:
         member: the client, as the coordinator admitted it.
         memory: what the client keeps between rounds.
+        seed: of all that is drawn in this turn.
     """
 
     def __init__(self, worker: Holder, member: Member, seed: int) -> None:
         self.member = member
         self.memory: dict[str, Array] = worker.memory
         self._worker = worker
-        self._seed = seed
+        self.seed = seed
 
     def merge(self, factors: Tensors) -> None:
         """Adds B A of each layer to the base weights for good; layers of rank 0 stay as they are."""
@@ -47,7 +55,7 @@ class TorchJob:
 
     def train_fresh(self, spec: LoraSpec) -> Tensors:
         """Trains a new adapter: A drawn from the job's seed, B zero."""
-        return self._worker.fit(spec, fresh_factors(self._worker.base.model, spec, self._seed), self._seed)
+        return self._worker.fit(spec, fresh_factors(self._worker.base.model, spec, self.seed), self.seed)
 
     def train_attached(self) -> Tensors:
         """Trains the attached adapter further.
@@ -57,4 +65,12 @@ class TorchJob:
         """
         if self._worker.attached is None:
             raise ProtocolError(problem("adapter", "one attached before training", "none"))
-        return self._worker.fit(*self._worker.attached, self._seed)
+        return self._worker.fit(*self._worker.attached, self.seed)
+
+    def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
+        """Sets all weights to base + 2**-exponent * sum_k c_k z_k; returns the SHA-256 of the model."""
+        return self._worker.replay(pool, coefficients, exponent)
+
+    def zo_steps(self, pool: Pool, seeds: Coefficients, plan: ZeroOrder) -> Array:
+        """Trains all weights along `seeds` and leaves them as they were; NaN stands where a step was skipped."""
+        return self._worker.fit_seeds(pool, seeds, plan, self.seed)

@@ -1,8 +1,8 @@
 """A training function of your own as a fedtune worker: fedtune puts the adapter in, you train, fedtune takes it out.
 
-    def open_worker(config, shared, index, on_step):             # runs once, on the client's machine
+    def open_worker(config, shared, index, on_step):      # runs once, on the client's machine
         model, loader = my_model(), my_loader(index)
-        return OwnWorker(model, my_folder, len(loader.dataset), lambda model, seed: my_train(model, loader), shared.seed)
+        return OwnWorker(model, my_folder, len(loader), lambda model, seed: my_train(model, loader), shared.seed)
 
 The function gets the model with a LoRA adapter in it, whose factors are the only weights that require a gradient, and
 returns what it measured. It fits every runtime: `fedtune_client.main.run`, and `fedtune.flower.client.client_app`.

@@ -113,15 +113,19 @@ class Flower:
         with (self.folder / log).open("wb") as stream:
             return subprocess.Popen(command, env=self.env, cwd=self.folder, stdout=stream, stderr=stream)
 
-    def call(self, *command: str, timeout: float = 200) -> str:
+    def call(self, *command: str, timeout: float = 280) -> str:
         """Runs a program to its end; returns what it said."""
-        done = subprocess.run(
-            command, env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=timeout, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        # A file, not a pipe: what a program leaves running would hold a pipe open.
+        with (self.folder / f"call-{uuid.uuid4().hex}.log").open("w+") as stream:
+            done = subprocess.run(
+                command, env=self.env, cwd=self.folder, stdout=stream, stderr=stream, timeout=timeout, check=False
+            )
+            stream.seek(0)
+            said = stream.read()
+        assert done.returncode == 0, said
+        return said
 
-    def run(self, app: Path, connection: str, config: dict[str, object], nodes: int = 0, timeout: float = 200) -> str:
+    def run(self, app: Path, connection: str, config: dict[str, object], nodes: int = 0, timeout: float = 280) -> str:
         """`flwr run`, to its end; returns its log."""
         values = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
         extra = ["--federation-config", f"num-supernodes={nodes} client-resources-num-cpus=1"] if nodes else []
@@ -129,9 +133,16 @@ class Flower:
             "flwr", "run", str(app), connection, "--stream", "--run-config", values, *extra, timeout=timeout
         )
 
+    def start_local(self) -> None:
+        """Starts the SuperLink of simulations, which `flwr run` would start itself, but with 15 seconds to do it in."""
+        command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1"]
+        self.start(*command, "--port", str(self.port), log="local-superlink.log")
+        listening(self.port)
+
     def status(self, connection: str) -> str:
         """Status of the newest run."""
-        listed = json.loads(self.call("flwr", "ls", connection, "--format", "json"))
+        said = self.call("flwr", "ls", connection, "--format", "json")
+        listed = json.loads(said[said.index("{") :])
         return str(max(listed["runs"], key=lambda run: run["pending-at"])["status"])
 
     def processes(self) -> dict[int, str]:
@@ -171,6 +182,7 @@ def flower(tmp_path_factory):
     pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedtune[flower]'")
     world = Flower(tmp_path_factory.mktemp("flower"))
     try:
+        world.start_local()
         yield world
     finally:
         world.stop()
@@ -246,7 +258,7 @@ def deploy(world: Flower, app: Path, name: str, pki: Path | None = None) -> Depl
         safe = ["--insecure"]
         world.connect(name, f'address = "127.0.0.1:{port}"\ninsecure = true')
     superlink = world.start("flower-superlink", *safe, "--port", str(port), log=f"{name}-superlink.log")
-    _listening(port)
+    listening(port)
     nodes = []
     for i in range(2):
         own = ["--insecure"]
@@ -260,7 +272,7 @@ def deploy(world: Flower, app: Path, name: str, pki: Path | None = None) -> Depl
     return Deployment(world, app, name, nodes, superlink)
 
 
-def _listening(port: int) -> None:
+def listening(port: int) -> None:
     until = time.monotonic() + 60
     while time.monotonic() < until:
         with socket.socket() as probe:

@@ -16,12 +16,20 @@ def play(flower, app, settings, fault, nodes=3, connection="local", **more):
     return said, flower.report(Path(settings["run.folder"]))
 
 
-@pytest.mark.parametrize("fault", ["raise", "nan", pytest.param("kill", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fault", ["raise", "nan"])
 def test_simulation_goes_on_at_quorum(flower, app, settings, fault):
     _, report = play(flower, app, settings, fault, **{"rounds.quorum": 0.5})
     assert [r["clients"] for r in report.rounds] == [["client-00", "client-02"]] * 2
     assert {e["client"] for e in report.events if e["event"] == "update_refused"} == {"client-01"}
     assert report.last["outcome"] == "completed"
+
+
+@pytest.mark.slow
+def test_simulation_whose_actor_is_killed(flower, app, settings):
+    """Ray may go on with another actor, or Flower ends the run; what must not be is a success with rounds missing."""
+    _, report = play(flower, app, settings, "kill", **{"rounds.quorum": 0.5})
+    complete = len(report.rounds) == settings["rounds.count"] and report.last.get("outcome") == "completed"
+    assert (flower.status("local") == "finished:completed") == complete
 
 
 def test_simulation_below_quorum_fails_loudly(flower, app, settings):
