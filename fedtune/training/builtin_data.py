@@ -84,7 +84,7 @@ def _vader_rows(text: str, domain: str) -> Iterator[Row]:
     for line in text.splitlines():
         number, rating, sentence = line.split("\t", 2)
         label = "negative" if float(rating) < -0.5 else "positive" if float(rating) > 0.5 else "neutral"
-        sentence = html.unescape(sentence).strip()
+        sentence = html.unescape(html.unescape(sentence)).strip()  # some were escaped twice
         yield {
             "text": sentence,
             "label": label,

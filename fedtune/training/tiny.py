@@ -11,6 +11,7 @@ from pydoc_data.topics import topics
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from fedtune.config.schema import DataConfig, TrainingConfig
 from fedtune.training.encoding import encode_rows
@@ -24,6 +25,7 @@ _LENGTH = 128
 
 def make_tiny(folder: Path, steps: int = 400, seed: int = 0) -> None:
     """Writes the model and its tokenizer into `folder`; with 0 `steps` the weights are random."""
+    logging.disable_progress_bar()
     tokenizer = byte_tokenizer()
     model = tiny_llama(len(tokenizer), seed)
     if steps:
