@@ -12,9 +12,9 @@ from typing import Literal
 
 import numpy as np
 
-from fedtune.codecs.signs import Code, size_of
-from fedtune.codecs.ternary_format import DENSE, floating, largest, pack, unpack
-from fedtune.codecs.top import Cut, Moments, find_cut, kept_count, moments, select, select_dense, share_above, working
+from fedtune.codecs.signs import Code
+from fedtune.codecs.ternary_format import floating, largest, pack, unpack
+from fedtune.codecs.top import Moments, kept_count, moments, pick, working
 from fedtune.errors import ConfigError, problem
 from fedtune.tensors import Array, Manifest, Tensors, TensorSpec, check
 
@@ -77,18 +77,12 @@ class Ternary:
 
     def _pick(self, specs: Sequence[TensorSpec], part: Callable[[TensorSpec], Array]) -> list[Code]:
         """Chooses what is kept; the scales are still 0."""
-        codes = []
-        cut = Cut(0.0, 0)
+        flats = [part(spec) for spec in specs]
         if self.top == "vector":
-            count = kept_count(self.density, sum(size_of(spec) for spec in specs))
-            cut = find_cut([part(spec) for spec in specs], count)
-        for spec in specs:
-            flat = part(spec)
-            if self.top == "tensor":
-                cut = find_cut([flat], kept_count(self.density, flat.size))
-            code, cut = _picked(spec, flat, cut)
-            codes.append(code)
-        return codes
+            picks = pick(flats, kept_count(self.density, sum(flat.size for flat in flats)))
+        else:
+            picks = [pick([flat], kept_count(self.density, flat.size))[0] for flat in flats]
+        return [Code(s, p.count, 0.0, p.signs, p.positions) for s, p in zip(specs, picks, strict=True)]
 
     def _scales(self, codes: Sequence[Code], part: Callable[[TensorSpec], Array]) -> list[float]:
         """Computes the scale of each tensor, in float64."""
@@ -100,16 +94,6 @@ class Ternary:
                 total = total.plus(one)
             each = [total] * len(each)
         return [self.alpha * (one.mean if self.scale == "least-squares" else one.std) for one in each]
-
-
-def _picked(spec: TensorSpec, flat: Array, cut: Cut) -> tuple[Code, Cut]:
-    """Keeps what is beyond the cut, in whichever form is likely to be written."""
-    if share_above(flat, cut) >= DENSE:
-        signs, left = select_dense(flat, cut)
-        return Code(spec, int(np.count_nonzero(signs)), 0.0, signs), left
-    positions, left = select(flat, cut)
-    signs = np.int8(1) - 2 * np.signbit(flat[positions]).view(np.int8)
-    return Code(spec, positions.size, 0.0, signs, positions), left
 
 
 def _deviation(code: Code, flat: Array) -> Moments:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedtune.codecs import feedback
@@ -53,7 +53,7 @@ def test_all_that_was_sent_and_what_is_carried_is_all_that_was_wanted(codec, dty
     assert set(carried) == {"a", "b"}
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.floats(2.0**-29, 511, width=32) | st.just(0.0), st.booleans())
 def test_units_hold_float32_exactly(value, minus):
     x = np.array([-value if minus else value], np.float32)

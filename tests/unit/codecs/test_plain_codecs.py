@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -48,7 +48,7 @@ def test_what_was_decoded_decodes_to_itself_again(codec):
         assert digest(codec.decode(b"".join(codec.encode(once, manifest)), manifest)) == digest(once)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     arrays(np.float32, st.integers(0, 200), elements=st.floats(-(2.0**99), 2.0**99, width=32)),
     st.sampled_from([8, 4]),

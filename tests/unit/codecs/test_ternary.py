@@ -6,7 +6,7 @@ from fractions import Fraction
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedtune.codecs.reader import varint
@@ -50,7 +50,7 @@ def bound_bits(codes):
 shapes = st.lists(st.sampled_from([(), (0,), (1,), (3, 5), (7,), (64,), (2, 0, 3), (300,)]), max_size=5)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32),
     shapes=shapes,
@@ -73,7 +73,7 @@ def test_decoding_gives_what_the_paper_says(seed, shapes, density, alpha, dtype)
             np.testing.assert_allclose(got.astype(np.float64), exact, rtol=max(ulp, 1e-12))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32),
     shapes=shapes,
