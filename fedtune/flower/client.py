@@ -25,7 +25,7 @@ def client_app(open_worker: "OpenWorker | None" = None, mods: list[Any] | None =
         open_worker: opens a node's model and data; fedtune's own trainer when None. It must be a function of a module
             of the app, and import torch only when it is called: the resident worker imports it by name.
         mods: Flower's client mods. They see one packed array; those that count bytes or log work, those that read
-            numbers (clipping, noise, secure aggregation) are refused by Flower with a TypeError.
+            numbers (clipping, noise) find none and fail.
     """
     app = ClientApp(mods=mods)
     opener = _place(open_worker) if open_worker else None

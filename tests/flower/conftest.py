@@ -136,7 +136,7 @@ class Flower:
     def start_local(self) -> None:
         """Starts the SuperLink of simulations, which `flwr run` would start itself, but with 15 seconds to do it in."""
         command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1"]
-        self.start(*command, "--port", str(self.port), log="local-superlink.log")
+        self.start(*command, "--port", str(self.port), log="local.log")
         listening(self.port)
 
     def status(self, connection: str) -> str:
@@ -273,7 +273,7 @@ def deploy(world: Flower, app: Path, name: str, pki: Path | None = None) -> Depl
 
 
 def listening(port: int) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 240
     while time.monotonic() < until:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:

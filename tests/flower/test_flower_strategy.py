@@ -92,6 +92,7 @@ class LoopGrid(Grid):
 def _quick(monkeypatch):
     monkeypatch.setattr(roster, "PULL_S", 0.0)
     monkeypatch.setattr("fedtune.flower.strategy.PULL_S", 0.005)
+    monkeypatch.setattr("fedtune.flower.client._stations", {})
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
 
@@ -346,3 +347,47 @@ def test_client_app_in_process(made, tmp_path):
     other = Message(RecordDict({"arrays": ArrayRecord()}), dst_node_id=1, message_type="train")
     with pytest.raises(ValueError, match="another strategy"):
         app(other, context)
+
+
+@pytest.mark.parametrize("name", ["fixedclipping_mod", "adaptiveclipping_mod", "LocalDpMod", "message_size_mod"])
+def test_mods_that_read_numbers_fail_and_those_that_count_work(made, name):
+    from flwr.clientapp import mod
+
+    from fedtune.flower.client import client_app
+
+    config, grid, strategy, flat = made(nodes=1, attempts=1)
+    found = getattr(mod, name)
+    app = client_app(open_toy, mods=[found(1.0, 1.0, 1.0, 0.1) if isinstance(found, type) else found])
+    context = Context(1, 1, {"partition-id": 0, "num-partitions": 1}, RecordDict(), {**flat, "flower.resident": "off"})
+    plain = grid._reply
+
+    def reply(message):
+        if message.metadata.message_type == "query":
+            return plain(message)
+        try:
+            return app(message, context)
+        except TypeError as error:
+            return Message(Error(2, str(error)), reply_to=message)
+
+    grid.resident = False
+    grid.stations = {1: grid._station(0, 1)}
+    grid._reply = reply
+    if name == "message_size_mod":
+        strategy.start(grid)
+        assert len(events(config, "round_closed")) == 3
+    else:
+        with pytest.raises(RoundError, match="round 1: expected 1 updates, got 0"):
+            strategy.start(grid)
+
+
+def test_only_flowers_public_packages_are_imported():
+    import ast
+
+    import fedtune.flower
+
+    public = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
+    for file in Path(fedtune.flower.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert all(n in public or n == "flwr.serverapp.strategy" for n in names if n.split(".")[0] == "flwr")
