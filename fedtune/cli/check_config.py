@@ -43,7 +43,7 @@ def fetch_demo() -> Iterator[Check]:
 
 
 def _folder(folder: Path) -> Check:
-    if os.access(nearest(folder), os.W_OK):
+    if nearest(folder).is_dir() and os.access(nearest(folder), os.W_OK):
         return Check(OK, "run.folder", f"{folder}{' (a run is there: it will go on)' if folder.exists() else ''}")
     return Check(FAIL, "run.folder", f"{folder} cannot be written", "Choose another run.folder")
 
@@ -73,8 +73,11 @@ def _model(config: "Config", fetch: bool) -> Iterator[Check]:
     try:
         folder = _fetch_model(name, revision) if fetch else locate_model(name, revision)
     except FedtuneError as error:
-        mend = "It is fetched on first use; `fedtune doctor --fetch` does it now"
-        yield Check(FAIL, "model", str(error)) if fetch else Check(WARN, "model", f"{name} is not here yet", mend)
+        if fetch or name.startswith(("/", ".", "~")):
+            yield Check(FAIL, "model", str(error), "Put model.name right: a folder, a hub id or a built-in model")
+        else:
+            mend = "It is fetched on first use; `fedtune doctor --fetch` does it now"
+            yield Check(WARN, "model", f"{name} is not here yet", mend)
         return
     try:
         base = open_base(folder, name)

@@ -6,14 +6,16 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedtune.cli.console import out
 from fedtune.cli.options import Sets
-from fedtune.config import Config
 from fedtune.errors import ConfigError, RoundError, problem
+
+if TYPE_CHECKING:
+    from fedtune.config import Config
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Run on Flower: a deployment, or Ray.")
 _STARTED = re.compile(r"Successfully started run (\d+)")
@@ -100,7 +102,7 @@ def _status(connection: str, number: str) -> str:
         return "unknown"
 
 
-def _placed(config: Config) -> Config:
+def _placed(config: "Config") -> "Config":
     """Names files and folders of this machine by their whole path: Flower's programs run elsewhere."""
 
     def whole(name: str) -> str:

@@ -85,14 +85,14 @@ class Supervisor:
         return ended and (self._finished or not self._ready)
 
     def _wait_ready(self) -> None:
-        """Waits until the coordinator listens, or has ended because there is nothing left to do."""
+        """Waits until the coordinator listens or has ended; raises the error it named, if it named one."""
         until = time.monotonic() + _READY_S
         while not self._ready and self._coordinator.code is None:
             if time.monotonic() > until:
                 raise UnavailableError(problem("coordinator", f"ready within {_READY_S:g} s", "silence", self._see()))
             time.sleep(0.05)
             self._look()
-        if self._coordinator.code:
+        if self._coordinator.code and not self._coordinator.crashed:
             raise self._error(self._coordinator)
 
     def _revive(self) -> None:
