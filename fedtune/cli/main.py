@@ -17,7 +17,7 @@ INTERRUPTED = 130
 
 _EPILOG = (
     "Exit codes: 0 done, 2 configuration, 3 data, 4 model, 5 bad bytes, 6 programs do not fit together, "
-    "7 a round failed, 8 storage, 9 unreachable, 130 interrupted."
+    "7 a round failed, 8 storage, 9 unreachable, 10 training diverged, 130 interrupted."
 )
 
 app = typer.Typer(

@@ -5,11 +5,15 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fedtune.cli.main import _EPILOG
+from fedtune.errors import FedtuneError
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,7 +45,7 @@ def script(page: Path) -> str:
 @pytest.mark.parametrize("page", [p for p in PAGES if len(script(p)) > 10], ids=lambda page: page.name)
 def test_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
     for name in ("server", "client", "simulations"):
-        (tmp_path / name).symlink_to(ROOT / name)
+        shutil.copytree(ROOT / name, tmp_path / name)  # a page may write into them
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -85,3 +89,10 @@ def test_ci_runs_the_readmes_two_commands() -> None:
         assert found == notes[name]
         assert word in found
         assert f"eval \"$(command_of '{name}')\"" in run
+
+
+def test_every_exit_code_is_explained() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    for kind in FedtuneError.__subclasses__():
+        assert f"| {kind.exit_code} | {kind.__name__} |" in page
+        assert re.search(rf"\b{kind.exit_code} \w", _EPILOG), kind
