@@ -87,7 +87,7 @@ def row(arm: Arm, report: dict[str, Any]) -> Row:
     """Takes from a report what the table shows."""
     if arm.command[0] == "train":
         held_out = report["held_out"]
-        return Row(arm.title, held_out["base"], held_out["final"], [], 0, 0, report["seconds"])
+        return Row(arm.title, held_out["base"], held_out["final"], [], 0, 0, report["training"]["seconds"])
     rounds = report["rounds"]
     path = [r["held_out"]["loss"] for r in rounds]
     up, down = (sum(r[key] for r in rounds) for key in ("bytes_up", "bytes_down"))
