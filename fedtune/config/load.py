@@ -56,7 +56,7 @@ def _method(raw: Any) -> tuple[Method, list[str]]:
         return FLoRA(), [f"method: expected a table, got {raw!r}"]
     options = dict(raw)
     name = options.pop("name", FLoRA.name)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         return FLoRA(), [f"method.name: expected one of {', '.join(METHODS)}, got {name!r}"]
     try:
         return TypeAdapter(METHODS[name]).validate_python(options), []

@@ -5,15 +5,44 @@ hashed; what only concerns one machine (data, device, threads, addresses, folder
 """
 
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Literal
 
-from pydantic import Field, PlainValidator
+from pydantic import AfterValidator, Field, PlainValidator
 from pydantic.dataclasses import dataclass
 
 from fedtune.method import Method
 from fedtune.methods import FLoRA
 
 Id = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$")]
+
+
+def _address(value: str) -> str:
+    """Accepts `host:port`; an empty text, where a key allows it, means none."""
+    host, _, port = value.rpartition(":")
+    if value and not (host and port.isascii() and port.isdigit() and int(port) < 65536):
+        raise ValueError("expected host:port with a port from 0 to 65535, such as 127.0.0.1:7070")
+    return value
+
+
+def _named(value: str) -> str:
+    """Accepts an address that is not empty."""
+    return _address(value or ":")
+
+
+def _template(value: str) -> str:
+    """Accepts a text in which `{prompt}` stands for the prompt, and no other name."""
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(value) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"expected a text with {{prompt}} in it; {error}") from error
+    if set(names) != {"prompt"}:
+        raise ValueError("expected a text with {prompt} in it, and no other {name}; write {{ and }} for braces")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_named)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _method(value: object) -> Method:
@@ -23,7 +52,7 @@ def _method(value: object) -> Method:
     return value
 
 
-@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
 class RunConfig:
     """`[run]`: what the run is called, where its results go, and the seed of everything drawn at random.
 
@@ -38,7 +67,7 @@ class RunConfig:
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
-@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
 class ModelConfig:
     """`[model]`: the pretrained model.
 
@@ -53,7 +82,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
 class DataConfig:
     """`[data]`: the rows to train on; which columns hold what.
 
@@ -78,7 +107,7 @@ class DataConfig:
     prompt: str = ""
     response: str = ""
     messages: str = ""
-    template: str = "{prompt}\n"
+    template: Annotated[str, AfterValidator(_template)] = "{prompt}\n"
     label: str = ""
     client_key: str = ""
     held_out: float = Field(default=0.1, ge=0, lt=1)
@@ -87,7 +116,7 @@ class DataConfig:
     max_rows: int = Field(default=0, ge=0)
 
 
-@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
 class TrainingConfig:
     """`[training]`: what every client does in one round.
 
@@ -111,7 +140,7 @@ class TrainingConfig:
     accumulate: int = Field(default=1, ge=1)
     learning_rate: float = Field(default=5e-4, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip_norm: float = Field(default=1.0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)
@@ -121,7 +150,7 @@ class TrainingConfig:
     autocast: Literal["auto", "on", "off"] = "auto"
 
 
-@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
 class RoundsConfig:
     """`[rounds]`: how many rounds, and whom a round waits for.
 
@@ -146,7 +175,7 @@ class RoundsConfig:
     attempts: int = Field(default=3, ge=1)
 
 
-@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
 class ServerConfig:
     """`[server]`: where the coordinator listens.
 
@@ -161,16 +190,16 @@ class ServerConfig:
         metrics_address: host and port for Prometheus metrics; empty means none.
     """
 
-    address: str = "127.0.0.1:7070"
+    address: Address = "127.0.0.1:7070"
     cert: Path | None = None
     key: Path | None = None
     client_ca: Path | None = None
     insecure: bool = False
     max_update_mb: int = Field(default=4096, ge=1)
-    metrics_address: str = ""
+    metrics_address: Annotated[str, AfterValidator(_address)] = ""
 
 
-@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
 class ClientConfig:
     """`[client]`: this client: its id, its coordinator, its rank, its machine.
 
@@ -188,10 +217,10 @@ class ClientConfig:
     """
 
     id: Id = "client"
-    address: str = "127.0.0.1:7070"
+    address: Address = "127.0.0.1:7070"
     rank: int = Field(default=0, ge=0)
     alpha: float = Field(default=0.0, ge=0)
-    folder: Path = Path("client")
+    folder: Path = Path("runs/client")
     device: str = "auto"
     threads: int = Field(default=0, ge=0)
     ca: Path | None = None
@@ -200,7 +229,7 @@ class ClientConfig:
     insecure: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
 class SimulationConfig:
     """`[simulation]`: how many clients to start on this machine, and how the data is dealt out.
 
@@ -216,8 +245,8 @@ class SimulationConfig:
     """
 
     clients: int = Field(default=4, ge=1)
-    ranks: tuple[int, ...] = ()
-    alphas: tuple[float, ...] = ()
+    ranks: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    alphas: tuple[Annotated[float, Field(gt=0)], ...] = ()
     partition: Literal["iid", "label", "quantity", "natural"] = "iid"
     concentration: float = Field(default=0.5, gt=0)
     min_rows: int = Field(default=2, ge=1)
@@ -225,7 +254,7 @@ class SimulationConfig:
     threads: int = Field(default=1, ge=1)
 
 
-@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
 class Config:
     """Everything; `fedtune.config.load` reads it from a TOML file."""
 

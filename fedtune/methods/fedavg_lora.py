@@ -22,7 +22,7 @@ from fedtune.tensors import DTYPES, Array, Manifest, Tensors
 Total = dict[str, exact.ExactSum]
 
 
-@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
 class FedAvgLoRA(Method):
     """FedAvg of LoRA factors.
 

@@ -28,7 +28,7 @@ from fedtune.tensors import DTYPES, Array, Manifest, Tensors, TensorSpec
 Fold = dict[str, tuple[Member, int, Tensors]]
 
 
-@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
 class FLoRA(Method):
     """FLoRA with any mix of ranks and alphas.
 

@@ -113,3 +113,35 @@ def test_parse_takes_a_mapping() -> None:
     assert parse({"method": {"name": "flora", "rank": 4}}).method == FLoRA(rank=4)
     with pytest.raises(ConfigError, match="method: expected a table"):
         parse({"method": 3})
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("[training]\nbetas = [2.0, 0.9]", "training.betas.0"),
+        ("[training]\nlearning_rate = inf", "training.learning_rate"),
+        ("[simulation]\nranks = [8, 0]", "simulation.ranks.1"),
+        ("[simulation]\nranks = [-1]", "simulation.ranks.0"),
+        ("[simulation]\nalphas = [-1.0]", "simulation.alphas.0"),
+        ("[simulation]\nconcentration = inf", "simulation.concentration"),
+        ("[client]\naddress = '127.0.0.1:notaport'", "client.address"),
+        ("[client]\naddress = 'localhost'", "client.address"),
+        ("[server]\naddress = ''", "server.address"),
+        ("[server]\naddress = '127.0.0.1:70000'", "server.address"),
+        ("[data]\ntemplate = '{question}'", "data.template"),
+        ("[data]\ntemplate = '{'", "data.template"),
+        ("[data]\ntemplate = 'no prompt'", "data.template"),
+        ("[method]\nname = ['flora']", "method.name"),
+        ("[method]\nalpha = nan", "method.alpha"),
+    ],
+)
+def test_a_value_that_cannot_work_is_named_before_anything_starts(text: str, key: str, tmp_path: Path) -> None:
+    said = message(text, tmp_path)
+    assert "1 fault\n" in said
+    assert f"  {key}: " in said
+
+
+def test_an_ipv6_address_and_braces_in_a_template_are_fine(tmp_path: Path) -> None:
+    config = load(write(tmp_path, "[server]\naddress = '[::1]:0'\n[data]\ntemplate = '{{Q}} {prompt}'"))
+    assert config.server.address == "[::1]:0"
+    assert config.data.template.format(prompt="x") == "{Q} x"
