@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from fedtune.codecs import raw
+from fedtune.directions import Coefficients, Pool
 from fedtune.lora import LoraSpec
 from fedtune.tensors import Array, Manifest, Tensors
 
@@ -39,14 +40,31 @@ class BaseModel:
     transposed: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class ZeroOrder:
+    """Local training without gradients: `steps` steps, each along `directions` directions, with perturbations `eps`.
+
+    `optimizer` is `sgd`, `sign` or `conservative`. A step whose two losses differ by more than `loss_clip` is skipped;
+    0 skips none.
+    """
+
+    steps: int
+    directions: int
+    eps: float
+    learning_rate: float
+    optimizer: str = "sgd"
+    loss_clip: float = 0.0
+
+
 class ClientJob(Protocol):
     """What a method may ask of a client's model. Implemented with torch in `fedtune.training.job`.
 
-    `memory` is kept by the client between rounds.
+    `memory` is kept by the client between rounds; `seed` is of all that is drawn in this turn.
     """
 
     member: Member
     memory: dict[str, Array]
+    seed: int
 
     def merge(self, factors: Tensors) -> None:
         """Adds B A of each layer to the base weights for good; `factors` hold `layer/A` (R, I), `layer/B` (O, R)."""
@@ -62,6 +80,15 @@ class ClientJob(Protocol):
 
     def train_attached(self) -> Tensors:
         """Trains the attached adapter on local data and returns its new factors, float32."""
+
+    def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
+        """Sets all weights to base + 2**-exponent * sum_k c_k z_k; returns the SHA-256 of the model (32 bytes)."""
+
+    def zo_steps(self, pool: Pool, seeds: Coefficients, plan: ZeroOrder) -> Array:
+        """Trains all weights along `seeds` (one a direction), and returns each one's scalar; NaN where it was skipped.
+
+        The model is left as it was before.
+        """
 
 
 class Method(ABC):

@@ -31,6 +31,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "int32": np.dtype("<i4"),
     "uint8": np.dtype("u1"),
 }
+PRIVATE = "private/"
+"""Names that begin so are the coordinator's own part of a state: never broadcast, and no part of its digest."""
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LEAF, _ROOT = b"fedtune/tensor/v1\0", b"fedtune/tensors/v1\0"
 
@@ -123,12 +126,17 @@ def root_digest(leaves: Iterable[bytes]) -> str:
     return hashlib.sha256(_ROOT + b"".join(leaves)).hexdigest()
 
 
+def public_names(names: Iterable[str]) -> list[str]:
+    """Sorts the names of what clients receive, too; leaves out the coordinator's own."""
+    return sorted(name for name in names if not name.startswith(PRIVATE))
+
+
 def digest(tensors: Tensors, threads: int = 1) -> str:
-    """SHA-256 of a whole bag, whatever the order of its names (64 hex digits).
+    """SHA-256 of a whole bag but for its private part, whatever the order of its names (64 hex digits).
 
     Guarantees: a function of names, dtypes, shapes and values alone; the same on every machine and for any `threads`.
     """
-    names = sorted(tensors)
+    names = public_names(tensors)
     if threads == 1:
         return root_digest(leaf_digest(name, tensors[name]) for name in names)
     with ThreadPoolExecutor(threads) as pool:

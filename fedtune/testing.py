@@ -13,11 +13,13 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.base import open_base
 from fedtune.config import Config, Shared
+from fedtune.directions import Coefficients, Pool, layout, reference
 from fedtune.lora import LoraSpec, key_a, key_b, layers_of
-from fedtune.method import Member, Method
+from fedtune.method import Member, Method, ZeroOrder
 from fedtune.rounds import job_seed
-from fedtune.tensors import Array, Tensors
+from fedtune.tensors import Array, Tensors, digest
 from fedtune.worker import OnStep
+from fedtune.zo import Walk, train
 
 
 def toy_base(folder: Path, *, layers: int = 2, width: int = 16, seed: int = 0) -> Path:
@@ -38,9 +40,9 @@ class ToyJob:
 
     def __init__(self, worker: "ToyWorker", member: Member, seed: int) -> None:
         self.member = member
-        self.memory: dict[str, Array] = {}
+        self.memory = worker.memory
+        self.seed = seed
         self._worker = worker
-        self._seed = seed
 
     def merge(self, factors: Tensors) -> None:
         """Adds B A to the base weights."""
@@ -54,7 +56,7 @@ class ToyJob:
 
     def train_fresh(self, spec: LoraSpec) -> Tensors:
         """Draws both factors."""
-        rng = np.random.Generator(np.random.Philox(key=self._seed))
+        rng = np.random.Generator(np.random.Philox(key=self.seed))
         factors: dict[str, Array] = {}
         for layer in spec.layers:
             outputs, inputs = self._worker.weights[f"{layer}.weight"].shape
@@ -65,10 +67,30 @@ class ToyJob:
 
     def train_attached(self) -> Tensors:
         """Adds a draw to the attached adapter."""
-        rng = np.random.Generator(np.random.Philox(key=self._seed))
+        rng = np.random.Generator(np.random.Philox(key=self.seed))
         _, factors = self._worker.attached
         self._worker.report(self.member)
         return {n: a + rng.normal(0, 0.1, a.shape).astype(np.float32) for n, a in factors.items()}
+
+    def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
+        """Rebuilds the weights from the file."""
+        self._worker.reset()
+        weights = self._worker.weights
+        for name, first in layout({name: array.size for name, array in weights.items()}).items():
+            flat = weights[name].reshape(-1)
+            reference.replay(pool, coefficients, exponent, flat, first, flat)
+        return bytes.fromhex(digest(weights))
+
+    def zo_steps(self, pool: Pool, seeds: Coefficients, plan: ZeroOrder) -> Array:
+        """Steps down |w - c|^2 / 2, where c is one number, the client's own."""
+        moved = {name: array.copy().reshape(-1) for name, array in self._worker.weights.items()}
+        looked = {name: np.empty_like(array) for name, array in moved.items()}
+        first = layout({name: array.size for name, array in moved.items()})
+        goal = np.random.Generator(np.random.Philox(key=self.seed)).normal()
+        walk = Walk(pool, reference, [(moved[name], first[name], looked[name]) for name in moved])
+        done = train(walk, seeds, plan, lambda _: sum(float(((w - goal) ** 2).sum()) for w in looked.values()) / 2)
+        self._worker.report(self.member)
+        return done.scalars
 
 
 class ToyWorker:
@@ -83,6 +105,7 @@ class ToyWorker:
         self.weights: dict[str, Array] = {}
         self.attached: tuple[LoraSpec, dict[str, Array]]
         self.metrics: dict[str, float] = {}
+        self.memory: dict[str, Array] = {}
         self._folder, self._seed, self._delay = folder, seed, delay
         self.reset()
 

@@ -2,8 +2,9 @@
 
 from fedtune.method import Method
 from fedtune.methods.fedavg_lora import FedAvgLoRA
+from fedtune.methods.fedkseed import FedKSeed
 from fedtune.methods.flora import FLoRA
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (FLoRA, FedAvgLoRA)}
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (FLoRA, FedAvgLoRA, FedKSeed)}
 
-__all__ = ["METHODS", "FLoRA", "FedAvgLoRA"]
+__all__ = ["METHODS", "FLoRA", "FedAvgLoRA", "FedKSeed"]

@@ -6,8 +6,9 @@ import torch
 
 from fedtune.base import open_base
 from fedtune.config import Config, Shared
+from fedtune.directions import Coefficients, Pool
 from fedtune.lora import LoraSpec
-from fedtune.method import Member, Method
+from fedtune.method import Member, Method, ZeroOrder
 from fedtune.rounds import job_seed
 from fedtune.tensors import Array, Tensors
 from fedtune.training.adapt import Bench, fit_adapter
@@ -17,6 +18,7 @@ from fedtune.training.job import TorchJob
 from fedtune.training.merging import MergedBase
 from fedtune.training.models import choose_device, load_model, resolve_model
 from fedtune.training.scoring import Scorer
+from fedtune.training.zo import SeedModel, fit_seeds
 from fedtune.worker import OnStep
 
 
@@ -39,6 +41,7 @@ class TorchWorker:
         self.base = MergedBase(bench.scorer.model)
         self.attached: tuple[LoraSpec, Tensors] | None = None
         self.memory: dict[str, Array] = {}
+        self._replayed: SeedModel | None = None
         self._bench = bench
         self._seed = seed
 
@@ -76,6 +79,8 @@ class TorchWorker:
     def reset(self) -> None:
         """Goes back to the base weights, with nothing attached."""
         self.base.reset()
+        if self._replayed is not None:
+            self._replayed.reset()
         self.attached = None
 
     def job(self, method: Method, member: Member, round_number: int) -> TorchJob:
@@ -86,3 +91,17 @@ class TorchWorker:
         """Trains an adapter and remembers the metrics."""
         trained, self.metrics = fit_adapter(self._bench, spec, factors, seed)
         return trained
+
+    def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
+        """Rebuilds all weights from the base, and returns the model's digest."""
+        return self._seed_model().replay(pool, coefficients, exponent)
+
+    def fit_seeds(self, pool: Pool, seeds: Coefficients, plan: ZeroOrder, seed: int) -> Array:
+        """Trains all weights along `seeds` and remembers the metrics."""
+        scalars, self.metrics = fit_seeds(self._bench, self._seed_model(), pool, seeds, plan, seed)
+        return scalars
+
+    def _seed_model(self) -> SeedModel:
+        if self._replayed is None:
+            self._replayed = SeedModel(self.base.model)
+        return self._replayed

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.errors import StorageError, problem
-from fedtune.tensors import DTYPES, Array, Tensors, as_bytes, dtype_name, leaf_digest, root_digest
+from fedtune.tensors import DTYPES, Array, Tensors, as_bytes, dtype_name, leaf_digest, public_names, root_digest
 from fedtune_server.blobs import Blobs
 from fedtune_server.records import VersionRow
 
@@ -73,7 +73,7 @@ def _leaf(name: str, array: Array, before: Version | None) -> str:
 
 
 def _root(leaves: Mapping[str, str]) -> str:
-    return root_digest(bytes.fromhex(leaves[name]) for name in sorted(leaves))
+    return root_digest(bytes.fromhex(leaves[name]) for name in public_names(leaves))
 
 
 def _safetensors(tensors: Mapping[str, Array]) -> Iterator[bytes | memoryview]:

@@ -23,6 +23,10 @@ from fedtune.simulation import Result, simulate
 from fedtune.testing import open_toy, toy_base
 from fedtune.worker import Worker
 
+_SMALL: dict[str, dict[str, Any]] = {
+    "fedkseed": {"seeds": 128, "steps": 4, "learning_rate": 1e-4, "eps": 1e-2, "pro": True}
+}
+
 
 class Grpc:
     """One run over gRPC."""
@@ -92,7 +96,7 @@ def make(tmp_path: Path, toy_folder: Path) -> Callable[..., tuple[Config, Path]]
         sections: dict[str, dict[str, Any]] = {
             "run": {"folder": str(tmp_path / name), "seed": 7},
             "model": {"name": str(toy_folder)},
-            "method": {"name": method, "rank": 2},
+            "method": {"name": method, **_SMALL.get(method, {"rank": 2})},
             "rounds": {"count": rounds, "min_clients": more.get("min_clients", clients)},
             "server": {"address": "127.0.0.1:0"},
             "simulation": {"clients": clients, "ranks": list(more.get("ranks", ()))},

@@ -1,0 +1,193 @@
+"""FedKSeed: full-parameter tuning in seeds and scalars (Qin et al., ICML 2024, arXiv 2312.06353).
+
+Everyone holds the base w_0 and the same K random directions z_1, ..., z_K. A client steps along random ones of them,
+
+    g = (L(w + eps z_s) - L(w - eps z_s)) / (2 eps)        w <- w - lr g z_s
+
+and sends the pairs (s, g). The coordinator adds them up by seed, weighted by examples, over all rounds; from the sums
+anyone rebuilds the model, in one walk over the weights:
+
+    A_s <- A_s + sum_k p_k sum g        w = w_0 - lr sum_s A_s z_s
+
+The coordinator keeps A in 2^-32, and sends -lr A as coefficients of 24 bits in a unit of their own, so a round costs
+at most 16.5 KB each way at K = 4096, whatever the model's size. The directions and the rebuild are integers
+(`fedtune.directions`): every machine gets the same bits. Each update says what model it was made on; a round sums
+those that agree, by weight, and leaves out the others. A rebuild starts at w_0, so what went wrong does not last.
+
+FedKSeed-Pro (`pro`) draws seeds by how large their scalars have been on average.
+"""
+
+from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from safetensors.numpy import save_file
+
+from fedtune.directions import Pool
+from fedtune.errors import WireError, problem
+from fedtune.method import BaseModel, ClientJob, Member, Method, ZeroOrder
+from fedtune.tensors import PRIVATE, Array, Manifest, Tensors, TensorSpec
+
+LIMIT = 2.0**16  # of a scalar; in 2**-32 a client's sum over 2**13 steps stays below 2**61
+HISTORY_CLIP = 1000.0
+_TOTAL, _SIZES, _COUNTS = PRIVATE + "total", PRIVATE + "sizes", PRIVATE + "counts"
+Longs = npt.NDArray[np.int64]
+
+
+@plain_dataclass(frozen=True)
+class _Sum:
+    """Updates that were made on the same model: weighted scalars (Python integers), |g| and counts, by seed."""
+
+    weight: int
+    scalars: npt.NDArray[Any]
+    sizes: Longs
+    counts: Longs
+
+
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+class FedKSeed(Method):
+    """FedKSeed and FedKSeed-Pro.
+
+    Attributes:
+        seeds: K, the number of directions.
+        pool: `rademacher` (independent signs), `hadamard` (orthogonal signs, the fastest to rebuild; K a power of two
+            from 128 to 4096; not the authors' pool) or `gaussian` (independent normal numbers, as in the paper).
+        steps: local steps a round. They take the place of `training.steps` and `training.epochs`.
+        directions: directions a step, whose scalars are averaged.
+        optimizer: `sgd`, `sign` (the sign of g), or `conservative` (of standing still, going and going back, what
+            gives the least loss). Momentum and Adam are not among them: their steps are no multiple of one direction.
+        learning_rate: constant; a schedule would not commute with summing scalars over rounds.
+        eps: length of a perturbation.
+        loss_clip: steps whose two losses differ by more are skipped; 0 skips none.
+        pro: draw seeds by the mean size of their past scalars.
+    """
+
+    name: ClassVar[str] = "fedkseed"
+
+    seeds: int = Field(default=4096, ge=1, le=65536)
+    pool: Literal["rademacher", "hadamard", "gaussian"] = "hadamard"
+    steps: int = Field(default=200, ge=1, le=2**13)
+    directions: int = Field(default=1, ge=1, le=64)
+    optimizer: Literal["sgd", "sign", "conservative"] = "sgd"
+    learning_rate: float = Field(default=3e-7, ge=0, allow_inf_nan=False)
+    eps: float = Field(default=5e-4, gt=0, allow_inf_nan=False)
+    loss_clip: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    pro: bool = False
+
+    def init(self, base: BaseModel, seed: int) -> Tensors:
+        """Starts at the base: no scalar yet."""
+        Pool(self.pool, seed, self.seeds)  # raises ConfigError for a size that the pool does not have
+        zeros = np.zeros(self.seeds, np.int64)
+        state = {"pool": np.array([seed], np.int64), "model": np.zeros(32, np.uint8), **self._public(zeros, zeros, 60)}
+        return {**state, _TOTAL: zeros, **({_SIZES: zeros, _COUNTS: zeros} if self.pro else {})}
+
+    def broadcast(self, state: Tensors, since: int) -> Tensors:
+        """Sends what has changed: everything but the coordinator's own sums, and the pool's seed only once."""
+        return {n: a for n, a in state.items() if not n.startswith(PRIVATE) and (since < 0 or n != "pool")}
+
+    def fold(self, total: dict[bytes, _Sum] | None, update: Tensors, member: Member, weight: int) -> dict[bytes, _Sum]:
+        """Adds the scalars by seed, in integers."""
+        used = update["seeds"] >= 0
+        seeds, g = update["seeds"][used], update["scalars"][used].astype(np.float64)
+        scalars, sizes = np.zeros(self.seeds, np.int64), np.zeros(self.seeds, np.int64)
+        np.add.at(scalars, seeds, np.rint(g * 2.0**32 / self.directions).astype(np.int64))
+        np.add.at(sizes, seeds, np.rint(np.minimum(np.abs(g), HISTORY_CLIP) * 2.0**20).astype(np.int64))
+        mine = _Sum(weight, scalars.astype(object) * weight, sizes, np.bincount(seeds, minlength=self.seeds))
+        model = update["model"].tobytes()
+        return {**(total or {}), model: _joined(total[model], mine) if total and model in total else mine}
+
+    def finish(self, state: Tensors, total: dict[bytes, _Sum], weight: int) -> Tensors:
+        """Adds the mean of the updates that agree on the model, by the larger weight."""
+        model = max(total, key=lambda digest: (total[digest].weight, digest))
+        agreed = total[model]
+        mean = (2 * agreed.scalars + agreed.weight) // (2 * agreed.weight)
+        scalars = state[_TOTAL] + mean.astype(np.int64)
+        after = {"pool": state["pool"], "model": np.frombuffer(model, np.uint8), _TOTAL: scalars}
+        levels = np.zeros(self.seeds, np.int64)
+        if self.pro:
+            after[_SIZES], after[_COUNTS] = state[_SIZES] + agreed.sizes, state[_COUNTS] + agreed.counts
+            levels = _levels(after[_SIZES], after[_COUNTS])
+        return {**after, **self._public(scalars, levels, int(state["exponent"][0]))}
+
+    def install(self, job: ClientJob, received: Tensors) -> None:
+        """Rebuilds the model from the base."""
+        for name in ("pool", "levels"):
+            if name in received:
+                job.memory[name] = received[name]
+        digest = job.replay(self._pool(job), _unpacked(received["coefficients"]), int(received["exponent"][0]))
+        job.memory["model"] = np.frombuffer(digest, np.uint8)
+
+    def client_update(self, job: ClientJob, expected: Manifest) -> Tensors:
+        """Draws seeds and steps along their directions; a seed of -1 is a step that was skipped."""
+        rng = np.random.Generator(np.random.Philox(key=job.seed))
+        chances = probabilities(job.memory["levels"]) if self.pro else None
+        seeds = rng.choice(self.seeds, self.steps * self.directions, p=chances).astype(np.int32)
+        plan = ZeroOrder(self.steps, self.directions, self.eps, self.learning_rate, self.optimizer, self.loss_clip)
+        g = job.zo_steps(self._pool(job), seeds, plan)
+        taken = np.abs(g) < LIMIT  # false for NaN
+        scalars = np.where(taken, g, 0).astype(np.float32)
+        return {"seeds": np.where(taken, seeds, -1).astype(np.int32), "scalars": scalars, "model": job.memory["model"]}
+
+    def template(self, state: Tensors, member: Member) -> Manifest:
+        """Expects one seed and one scalar a direction, and the digest of the model."""
+        pairs = (self.steps * self.directions,)
+        specs = TensorSpec("seeds", pairs, "int32"), TensorSpec("scalars", pairs, "float32")
+        return Manifest((*specs, TensorSpec("model", (32,), "uint8")))
+
+    def decode(self, payload: memoryview | bytes, state: Tensors, member: Member) -> Tensors:
+        """Reads an update; raises WireError for seeds that are not in the pool and scalars beyond `LIMIT`."""
+        update = super().decode(payload, state, member)
+        seeds, scalars = update["seeds"], update["scalars"]
+        if seeds.min() < -1 or seeds.max() >= self.seeds:
+            raise WireError(problem(f"seeds of {member.id}", f"-1 to {self.seeds - 1}", [seeds.min(), seeds.max()]))
+        if np.abs(scalars).max() >= LIMIT or scalars[seeds < 0].any():
+            raise WireError(problem(f"scalars of {member.id}", f"below {LIMIT:.0f}, 0 where skipped", "others"))
+        return update
+
+    def export(self, state: Tensors, folder: Path, base_model: str) -> None:
+        """Writes the whole model change as coefficients of the pool (`fedtune.training.zo.materialise` applies it)."""
+        kept = {n: np.ascontiguousarray(state[n]) for n in ("pool", "coefficients", "exponent")}
+        save_file(
+            kept, folder / "fedkseed.safetensors", {"base": base_model, "pool": self.pool, "seeds": str(self.seeds)}
+        )
+
+    def _pool(self, job: ClientJob) -> Pool:
+        return Pool(self.pool, int(job.memory["pool"][0]), self.seeds)
+
+    def _public(self, scalars: Longs, levels: Longs, exponent: int) -> dict[str, Array]:
+        """What clients need: -lr A in 24 bits, in the finest unit not finer than before that keeps replay exact."""
+        change = -self.learning_rate * (scalars * 2.0**-32)
+        while np.abs(change).max() >= 2.0 ** (22 - exponent) or np.abs(change).sum() >= 2.0 ** (30 - exponent):
+            exponent -= 1
+        packed = np.rint(np.ldexp(change, exponent)).astype("<i4").view(np.uint8).reshape(-1, 4)[:, :3]
+        public: dict[str, Array] = {"coefficients": packed.copy(), "exponent": np.array([exponent], np.int32)}
+        return {**public, "levels": levels.astype(np.uint8)} if self.pro else public
+
+
+def probabilities(levels: Array) -> npt.NDArray[np.float64]:
+    """Chances of the seeds (K,), from the level 0 to 255 of each: softmax of level / 255, so at most e to 1."""
+    weights: npt.NDArray[np.float64] = np.exp(levels / 255.0)
+    chances: npt.NDArray[np.float64] = weights / weights.sum()
+    return chances
+
+
+def _levels(sizes: Longs, counts: Longs) -> Longs:
+    """Mean |g| of each seed, from the least (0) to the largest (255). A history begins with a zero."""
+    a = sizes * 2.0**-20 / (counts + 1)
+    levels: Longs = np.rint(255 * (a - a.min()) / (a.max() - a.min() + 1e-10)).astype(np.int64)
+    return levels
+
+
+def _joined(one: _Sum, other: _Sum) -> _Sum:
+    scalars, sizes = one.scalars + other.scalars, one.sizes + other.sizes
+    return _Sum(one.weight + other.weight, scalars, sizes, one.counts + other.counts)
+
+
+def _unpacked(packed: Array) -> npt.NDArray[np.int32]:
+    """Reads 24-bit integers, low byte first (K, 3)."""
+    wide = np.concatenate([np.zeros((len(packed), 1), np.uint8), packed], axis=1)
+    return wide.view("<i4")[:, 0] >> np.int32(8)
