@@ -55,7 +55,7 @@ def read_identity(run_config: Scalars, node_config: Scalars) -> Identity:
         raise ConfigError(
             problem("--node-config of this SuperNode", want, ", ".join(map(str, node_config)) or "nothing")
         )
-    member = member_config(config, int(partition), "flower")
+    member = member_config(config, int(partition), config.client.address)
     given = {key[7:]: getattr(config.client, key[7:]) for key in own if key.startswith("client.")}
     config = replace(member, client=replace(member.client, **given))
     return Identity(config, None if "data.name" in own else int(partition))
