@@ -9,7 +9,20 @@ from typing import Annotated, NoReturn
 import typer
 
 from fedtune import __version__
-from fedtune.cli import client, doctor, evaluate, export, flower_cmd, init, server, simulate, status, train
+from fedtune.cli import (
+    client,
+    compress,
+    doctor,
+    evaluate,
+    export,
+    flower_cmd,
+    init,
+    merge,
+    server,
+    simulate,
+    status,
+    train,
+)
 from fedtune.cli.console import complain
 from fedtune.errors import FedtuneError
 
@@ -39,6 +52,9 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("status")(status.status)
+app.command("compress")(compress.compress)
+app.command("decompress")(compress.decompress)
+app.command("merge")(merge.merge)
 app.add_typer(flower_cmd.app, name="flower")
 
 

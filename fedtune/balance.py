@@ -1,0 +1,38 @@
+"""LoRA factors brought into the form that loses least when it is compressed: the same product, evenly spread.
+
+Shapes: R rank, I input features, O output features.
+
+    B A = (Q_b R_b) (Q_a R_a)^T = Q_b (U S V^T) Q_a^T        B' = Q_b U sqrt(S),  A' = sqrt(S) V^T Q_a^T
+
+Trained factors are lopsided: A still holds the noise it was drawn from, B only what was learned. A threshold over both
+would keep the noise. Balanced, both carry the same singular values, and B' A' = B A.
+"""
+
+import numpy as np
+
+from fedtune.lora import key_a, key_b, layers_of
+from fedtune.tensors import Array, Tensors
+
+
+def balanced(factors: Tensors) -> dict[str, Array]:
+    """Balances every layer of `factors` (`layer/A` (R, I), `layer/B` (O, R)); dtypes and shapes stay.
+
+    Guarantees: the product of each layer is the same to the rounding of its dtype; directions that it does not use
+        become zero.
+    """
+    out = dict(factors)
+    for layer in layers_of(factors):
+        out[key_a(layer)], out[key_b(layer)] = balance(factors[key_a(layer)], factors[key_b(layer)])
+    return out
+
+
+def balance(a_ri: Array, b_or: Array) -> tuple[Array, Array]:
+    """Balances one pair of factors, in float64, by QR of both and the SVD of an (R, R) matrix."""
+    q_b, r_b = np.linalg.qr(b_or.astype(np.float64))
+    q_a, r_a = np.linalg.qr(a_ri.astype(np.float64).T)
+    u, s, v = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    b, a = q_b @ (u * np.sqrt(s)), (np.sqrt(s)[:, None] * v) @ q_a.T
+    rank = a_ri.shape[0]
+    a_out, b_out = np.zeros(a_ri.shape), np.zeros(b_or.shape)  # of rank R, also where R is above I or O
+    a_out[: min(rank, s.size)], b_out[:, : min(rank, s.size)] = a, b
+    return a_out.astype(a_ri.dtype), b_out.astype(b_or.dtype)

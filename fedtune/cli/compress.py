@@ -1,0 +1,103 @@
+"""`fedtune compress` and `decompress`: adapters and fine-tunes at a few tenths of a bit a value, and back."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedtune.cli.console import err, figure, out, size
+from fedtune.cli.options import Sets
+from fedtune.errors import ConfigError, problem
+
+if TYPE_CHECKING:
+    from fedtune.cli.sweep import Score
+    from fedtune.codecs.ternary import Ternary
+
+_Source = Annotated[
+    Path, typer.Argument(metavar="ADAPTER_DIR", help="PEFT LoRA or IA3 folder, or a model folder.", show_default=False)
+]
+_Target = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)]
+_Base = Annotated[Path | None, typer.Option(help="For a full fine-tune: folder of the model it started from.")]
+
+
+def compress(
+    source: _Source,
+    target: _Target,
+    density: Annotated[float, typer.Option(help="Share of the values that is kept, 0 to 1.")] = 0.2,
+    alpha: Annotated[float, typer.Option(help="The scale is multiplied with this.")] = 1.0,
+    scale: Annotated[str, typer.Option(help="`least-squares`, or `std` as in the ComPEFT paper.")] = "least-squares",
+    per: Annotated[str, typer.Option(help="Threshold and scale for the whole `vector` or each `tensor`.")] = "vector",
+    balance: Annotated[bool, typer.Option(help="Spread LoRA's A and B evenly first; their product stays.")] = True,
+    base: _Base = None,
+    sweep: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG", help="Score densities and alphas on its held-out rows; take the best."),
+    ] = None,
+    within: Annotated[float, typer.Option(help="Loss a sweep may give up for fewer bytes, in nats a token.")] = 0.01,
+    set_: Sets = None,
+) -> None:
+    """Compress an adapter to signs and one scale (ComPEFT).
+
+    Examples:
+
+    * `fedtune compress adapter small --density 0.1`
+    * `fedtune compress adapter small --sweep config.toml`
+    * `fedtune compress my-model small --base base-model`
+    """
+    from fedtune import compressed
+    from fedtune.codecs.ternary import Ternary
+
+    options = {"scale": (scale, ("least-squares", "std")), "per": (per, ("vector", "tensor"))}
+    for name, (value, choices) in options.items():
+        if value not in choices:
+            raise ConfigError(problem(f"--{name}", " or ".join(choices), value))
+    codec = Ternary(density=density, alpha=alpha, scale=scale, top=per, sigma=per)  # type: ignore[arg-type]  # checked above
+    if sweep is not None:
+        codec = _sweep(source, codec, balance, sweep, tuple(set_ or ()), within)
+    sizes = compressed.compress(source, target, codec, base=base, balanced=balance)
+    ratio = sizes.before / sizes.after
+    text = f"Wrote {target}: {size(sizes.after)} instead of {size(sizes.before)}, {ratio:.1f} times smaller"
+    out.print(f"{text} (density {codec.density:g}, alpha {codec.alpha:g})", markup=False, soft_wrap=True)
+
+
+def decompress(source: _Source, target: _Target, base: _Base = None) -> None:
+    """Turn a compressed folder back into one that PEFT or transformers loads.
+
+    Example: `fedtune decompress small adapter`
+    """
+    from fedtune import compressed
+
+    compressed.decompress(source, target, base=base)
+    out.print(f"Wrote {target} from {source}", markup=False, soft_wrap=True)
+
+
+def _sweep(
+    source: Path, codec: "Ternary", balance: bool, config: Path, sets: tuple[str, ...], within: float
+) -> "Ternary":
+    from fedtune.cli.sweep import run_sweep
+
+    with err.status("measuring"):
+        plain, scores = run_sweep(source, codec, balance, config, sets)
+    _print(plain, scores)
+    good = [score for score in scores if score.loss <= plain + within]
+    if not good:
+        best = min(scores, key=lambda score: score.loss)
+        raise ConfigError(problem("--within", f"at least {best.loss - plain:.4f}, the best of the sweep", within))
+    return min(good, key=lambda score: (score.nbytes, score.loss)).codec
+
+
+def _print(plain: float, scores: "list[Score]") -> None:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table("density", "alpha", "bytes", "loss", "loss more", box=SIMPLE)
+    table.add_row("as it is", "", "", figure(plain), "")
+    for one in scores:
+        table.add_row(
+            f"{one.codec.density:g}",
+            f"{one.codec.alpha:g}",
+            size(one.nbytes),
+            figure(one.loss),
+            f"{one.loss - plain:+.4f}",
+        )
+    out.print(table)

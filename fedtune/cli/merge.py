@@ -1,0 +1,69 @@
+"""`fedtune merge`: several adapters of one base model, plain or compressed, become one."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedtune.cli.console import out
+from fedtune.errors import ConfigError, ModelError, problem
+
+
+def merge(
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER_DIR...", help="PEFT or compressed folders.", show_default=False)
+    ],
+    to: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)],
+    method: Annotated[
+        str, typer.Option(help="`ties`, `task-arithmetic`, `dare`, `breadcrumbs` or `average`.")
+    ] = "ties",
+    weights: Annotated[str, typer.Option(help="One number an adapter, with commas: `0.5,1,1`.")] = "",
+    density: Annotated[float, typer.Option(help="Share that ties, dare and breadcrumbs keep.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
+) -> None:
+    """Merge adapters with PEFT's own arithmetic.
+
+    Examples:
+
+    * `fedtune merge a b c --out merged --method ties --density 0.2`
+    * `fedtune merge a b --out merged --method average --weights 3,1`
+    """
+    from fedtune.cli.prepare import need_training
+
+    need_training()
+    from fedtune import compressed
+    from fedtune.merging import Merge
+    from fedtune.merging import merge as merge_changes
+
+    how = Merge(method=method, weights=_numbers(weights), density=density, seed=seed)
+    if len(adapters) < 2:
+        raise ConfigError(problem("adapters", "two or more", len(adapters)))
+    configs = [_config(folder) for folder in adapters]
+    _check_same(configs)
+    changes = [compressed.difference(folder, compressed.load_weights(folder), None) for folder in adapters]
+    compressed.save_merged(adapters[0], to, merge_changes(changes, how))
+    out.print(f"Wrote {to} from {len(adapters)} adapters ({method})", markup=False, soft_wrap=True)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ConfigError(problem("--weights", "numbers with commas between them", repr(text))) from error
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        return dict(config)
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(problem(str(folder), "a PEFT or compressed adapter folder", error)) from error
+
+
+def _check_same(configs: list[dict[str, Any]]) -> None:
+    """Raises ModelError unless all adapters scale alike: else A and B of one mean something else than of another."""
+    for key in ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+        values = [config.get(key) or None for config in configs]
+        if any(value != values[0] for value in values):
+            raise ModelError(problem(f"adapter_config.json: {key}", f"{values[0]} in every adapter", values))

@@ -1,0 +1,130 @@
+"""Merging adapters that were trained apart, with the arithmetic of PEFT; torch lives here.
+
+    average           sum_k w_k t_k / sum_k w_k
+    task-arithmetic   sum_k w_k t_k                                    (Ilharco et al. 2023, arXiv 2212.04089)
+    ties              trim, elect a sign, average those that agree     (Yadav et al. 2023, arXiv 2306.01708)
+    dare              drop at random, rescale, sum                     (Yu et al. 2024, arXiv 2311.03099)
+    breadcrumbs       drop the smallest and the very largest, sum      (Davari, Belilovsky 2023, arXiv 2312.06795)
+
+t_k is what training changed: LoRA's weights, or those of IA3 less one. As in PEFT's `add_weighted_adapter`, the weight
+of a LoRA adapter goes onto A and onto B as its square root.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import copysign, sqrt
+
+import numpy as np
+import torch
+from peft.utils import merge_utils  # untyped: its results are given their type here
+
+from fedtune.errors import ConfigError, ModelError, problem
+from fedtune.tensors import Array, Tensors
+
+METHODS = ("ties", "task-arithmetic", "dare", "breadcrumbs", "average")
+_LARGEST = 0.01  # share of the largest magnitudes that breadcrumbs drops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """How to merge.
+
+    Attributes:
+        method: one of `METHODS`.
+        weights: one for each adapter; empty means 1 for all.
+        density: share of the values that ties, dare and breadcrumbs keep of each tensor.
+        seed: of what dare drops.
+    """
+
+    method: str = "ties"
+    weights: tuple[float, ...] = ()
+    density: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(problem("--method", ", ".join(METHODS), self.method))
+        if not 0 < self.density <= 1:
+            raise ConfigError(problem("--density", "a number above 0, at most 1", self.density))
+
+
+def merge(changes: Sequence[Tensors], how: Merge) -> dict[str, Array]:
+    """Merges bags of the same names and shapes; computed in float32, returned in the first one's dtypes.
+
+    Raises:
+        ConfigError: there are more or fewer weights than adapters, or they sum to 0 for an average.
+        ModelError: names or shapes differ.
+    """
+    weights = _weights(how, len(changes))
+    _check_alike(changes)
+    rule = _RULES[how.method]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(how.seed)
+        return {name: _merged(name, changes, weights, how, rule) for name in changes[0]}
+
+
+def _weights(how: Merge, count: int) -> list[float]:
+    weights = list(how.weights) or [1.0] * count
+    if len(weights) != count or not all(np.isfinite(weights)):
+        raise ConfigError(problem("--weights", f"{count} numbers, one an adapter", how.weights))
+    if how.method == "average":
+        total = sum(weights)
+        if not total:
+            raise ConfigError(problem("--weights", "a sum other than 0 for an average", how.weights))
+        weights = [weight / total for weight in weights]
+    return weights
+
+
+def _check_alike(changes: Sequence[Tensors]) -> None:
+    first = {name: array.shape for name, array in changes[0].items()}
+    for number, other in enumerate(changes[1:], 2):
+        shapes = {name: array.shape for name, array in other.items()}
+        if shapes != first:
+            odd = next(name for name in sorted({*first, *shapes}) if first.get(name) != shapes.get(name))
+            want, got = first.get(odd, "no such tensor"), shapes.get(odd, "no such tensor")
+            remedy = "Only adapters of the same layers and ranks can be merged"
+            raise ModelError(problem(f"adapter {number}: {odd}", want, got, remedy))
+
+
+Rule = Callable[[list[torch.Tensor], torch.Tensor, float], torch.Tensor]
+
+
+def _merged(name: str, changes: Sequence[Tensors], weights: Sequence[float], how: Merge, rule: Rule) -> Array:
+    arrays = [torch.from_numpy(change[name].astype(np.float32)) for change in changes]
+    own = torch.tensor([_of_factor(name, weight) for weight in weights])
+    return rule(arrays, own, how.density).numpy().astype(changes[0][name].dtype)
+
+
+def _of_factor(name: str, weight: float) -> float:
+    """The part of an adapter's weight that goes onto this tensor: a minus onto A alone."""
+    if ".lora_A." in name:
+        return copysign(sqrt(abs(weight)), weight)
+    return sqrt(abs(weight)) if ".lora_B." in name else weight
+
+
+def _breadcrumbs(arrays: list[torch.Tensor], weights: torch.Tensor, density: float) -> torch.Tensor:
+    return _sum([_middle(array, density) for array in arrays], weights, density)
+
+
+def _middle(array: torch.Tensor, density: float) -> torch.Tensor:
+    """Keeps a share `density` of the magnitudes, those just below the largest."""
+    order = array.abs().reshape(-1).argsort(descending=True, stable=True)
+    dropped = min(round(_LARGEST * order.numel()), order.numel() - 1)
+    kept = order[dropped : dropped + max(1, round(density * order.numel()))]
+    out = torch.zeros_like(array).reshape(-1)
+    out[kept] = array.reshape(-1)[kept]
+    return out.reshape(array.shape)
+
+
+def _sum(arrays: list[torch.Tensor], weights: torch.Tensor, density: float) -> torch.Tensor:
+    total: torch.Tensor = merge_utils.task_arithmetic(arrays, weights)
+    return total
+
+
+_RULES: Mapping[str, Rule] = {
+    "average": _sum,
+    "task-arithmetic": _sum,
+    "ties": merge_utils.ties,
+    "dare": merge_utils.dare_linear,
+    "breadcrumbs": _breadcrumbs,
+}

@@ -1,0 +1,100 @@
+"""Merging against each paper's rule written out in numpy."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+pytest.importorskip("peft")
+
+from fedtune.errors import ConfigError, ModelError
+from fedtune.merging import METHODS, Merge, merge
+
+
+def draws(count=3, name="m.ia3_l", size=100):
+    rng = np.random.Generator(np.random.Philox(1))
+    return [{name: rng.normal(size=size).astype(np.float32)} for _ in range(count)]
+
+
+def stack(changes):
+    return np.stack([next(iter(c.values())) for c in changes]).astype(np.float64)
+
+
+def value(out):
+    return next(iter(out.values()))
+
+
+def test_average_and_sum():
+    changes = draws()
+    t = stack(changes)
+    np.testing.assert_allclose(value(merge(changes, Merge(method="task-arithmetic"))), t.sum(0), atol=1e-6)
+    weighted = Merge(method="average", weights=(3, 1, 0))
+    np.testing.assert_allclose(value(merge(changes, weighted)), (3 * t[0] + t[1]) / 4, atol=1e-6)
+
+
+def test_ties():
+    changes = draws()
+    t = stack(changes)
+    for row in t:
+        row[np.argsort(-np.abs(row))[20:]] = 0
+    sign = np.where(t.sum(0) >= 0, 1, -1)
+    agree = np.sign(t) == sign
+    want = (t * agree).sum(0) / np.maximum(agree.sum(0), 1)
+    np.testing.assert_allclose(value(merge(changes, Merge(method="ties", density=0.2))), want, atol=1e-6)
+
+
+def test_breadcrumbs_leaves_out_both_ends():
+    changes = draws()
+    t = stack(changes)
+    for row in t:
+        order = np.argsort(-np.abs(row))
+        row[order[:1]] = 0
+        row[order[21:]] = 0
+    np.testing.assert_allclose(value(merge(changes, Merge(method="breadcrumbs", density=0.2))), t.sum(0), atol=1e-6)
+
+
+def test_dare_is_unbiased_and_follows_its_seed():
+    changes = [{"x": np.ones(20_000, np.float32)}] * 2
+    one = value(merge(changes, Merge(method="dare", density=0.5)))
+    np.testing.assert_array_equal(one, value(merge(changes, Merge(method="dare", density=0.5))))
+    assert not np.array_equal(one, value(merge(changes, Merge(method="dare", density=0.5, seed=1))))
+    assert set(np.unique(one)) == {0, 2, 4}
+    assert one.mean() == pytest.approx(2, abs=0.05)
+
+
+def test_a_lora_weight_is_shared_between_a_and_b():
+    rng = np.random.Generator(np.random.Philox(2))
+    one = {f"m.lora_{f}.weight": rng.normal(size=s).astype(np.float32) for f, s in (("A", (2, 5)), ("B", (4, 2)))}
+    for weight in (4.0, -4.0):
+        out = merge([one, {n: 0 * a for n, a in one.items()}], Merge(method="task-arithmetic", weights=(weight, 1)))
+        a, b = out["m.lora_A.weight"], out["m.lora_B.weight"]
+        np.testing.assert_allclose(b @ a, weight * one["m.lora_B.weight"] @ one["m.lora_A.weight"], rtol=1e-5)
+
+
+def test_the_torch_generator_is_left_alone():
+    import torch
+
+    before = torch.random.get_rng_state()
+    merge(draws(), Merge(method="dare"))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dtypes_stay(method):
+    changes = [{"x": c["m.ia3_l"].astype(np.float16)} for c in draws()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert value(merge(changes, Merge(method=method, density=0.5))).dtype == np.float16
+
+
+def test_mistakes_are_told_in_words():
+    with pytest.raises(ConfigError, match="--method"):
+        Merge(method="soup")
+    with pytest.raises(ConfigError, match="--density"):
+        Merge(density=0)
+    with pytest.raises(ConfigError, match="--weights"):
+        merge(draws(), Merge(weights=(1, 2)))
+    with pytest.raises(ConfigError, match="--weights"):
+        merge(draws(2), Merge(method="average", weights=(1, -1)))
+    with pytest.raises(ModelError, match="adapter 2"):
+        merge([draws(1)[0], draws(1, size=5)[0]], Merge())
