@@ -2,8 +2,9 @@
 
     python simulations/flora/run.py [--out DIR] [--jobs N] [--set section.key=value ...]
 
-Every arm is an ordinary `fedtune simulate` or `fedtune train` with a few keys changed. An arm that is done is not run
-again, and one that was cut short goes on where it stopped: run the same command again.
+Every arm is an ordinary `fedtune simulate` or `fedtune train` with a few keys changed. Run the same command again to go
+on: an arm that is done is not run again, and a simulation that was cut short continues in its round. Other settings
+need another --out.
 """
 
 import argparse
@@ -37,7 +38,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Row:
-    """What an arm gave: held-out figures of the base and at the end, loss by round, bytes of all rounds, seconds."""
+    """What an arm gave: held-out figures of base and final adapter, loss after each round, bytes, seconds."""
 
     title: str
     base: dict[str, float]
@@ -83,15 +84,37 @@ def run(arm: Arm, config_file: Path, out: Path, extra: list[str]) -> dict[str, A
     return json.loads(result.read_text())
 
 
-def row(arm: Arm, report: dict[str, Any]) -> Row:
-    """Takes from a report what the table shows."""
+def measure(todo: list[Arm], options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Held-out figures of the base and of every final adapter, on more rows than are looked at during a run."""
+    path = options.out / "final.json"
+    if not path.exists():
+        print(f"measuring {len(todo)} adapters on {options.rows} rows", flush=True)
+        base = [sys.executable, "-m", "fedtune", "evaluate", str(options.config), "--json"]
+        sets = [*options.extra, f"data.held_out_rows={options.rows}", f"run.folder={options.out}", "client.threads=1"]
+        changes = [part for change in sets for part in ("--set", change)]
+
+        def some(number: int) -> dict[str, dict[str, float]]:
+            adapters = [
+                part for arm in todo[number :: options.jobs] for part in ("--adapter", str(options.out / arm.name))
+            ]
+            own = [*base, *changes, *adapters, *([] if number == 0 else ["--no-base"])]
+            return json.loads(subprocess.run(own, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            found = {Path(k).name: v for part in pool.map(some, range(options.jobs)) for k, v in part.items()}
+        path.write_text(json.dumps(found, indent=2) + "\n")
+    return json.loads(path.read_text())
+
+
+def row(arm: Arm, report: dict[str, Any], final: dict[str, dict[str, float]]) -> Row:
+    """Takes from a report, and from the last measurement, what the table shows."""
+    base, figures = final["base"], final[arm.name]
     if arm.command[0] == "train":
-        held_out = report["held_out"]
-        return Row(arm.title, held_out["base"], held_out["final"], [], 0, 0, report["training"]["seconds"])
+        return Row(arm.title, base, figures, [], 0, 0, report["training"]["seconds"])
     rounds = report["rounds"]
-    path = [r["held_out"]["loss"] for r in rounds]
+    path = [report["held_out"]["base"]["loss"], *(r["held_out"]["loss"] for r in rounds)]
     up, down = (sum(r[key] for r in rounds) for key in ("bytes_up", "bytes_down"))
-    return Row(arm.title, report["held_out"]["base"], rounds[-1]["held_out"], path, up, down, report["seconds"])
+    return Row(arm.title, base, figures, path, up, down, report["seconds"])
 
 
 def alone(rows: list[Row]) -> Row:
@@ -115,17 +138,17 @@ def table(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Held-out loss by round; arms that know no rounds are lines across."""
+    """Held-out loss after each round; arms that know no rounds are lines across."""
     figure = Figure(figsize=(8, 4.5), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for r in rows:
         if r.path:
-            axes.plot(range(len(r.path) + 1), [r.base["loss"], *r.path], marker="o", markersize=4, label=r.title)
+            axes.plot(range(1, len(r.path)), r.path[1:], marker="o", markersize=4, label=r.title)
     for style, r in zip((":", "--", "-."), (r for r in rows if not r.path), strict=False):
         axes.axhline(r.figures["loss"], color="#666c74", linestyle=style, linewidth=1.2, label=r.title)
-    axes.set(xlabel="round", ylabel="held-out loss, nats per answer token")
-    axes.set_yscale("log")
+    axes.set(xlabel="round", ylabel="held-out loss, nats per answer token", ylim=(0, None))
+    axes.set_title(f"base model: {rows[0].base['loss']:.2f}, beyond the scale", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=9)
@@ -139,6 +162,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/flora"))
     parser.add_argument("--jobs", type=int, default=2, help="`fedtune train` processes at a time")
     parser.add_argument("--set", action="append", default=[], dest="extra", metavar="section.key=value")
+    parser.add_argument("--rows", type=int, default=600, help="held-out rows for the table")
     options = parser.parse_args()
     config = load(options.config, tuple(options.extra))
     options.out.mkdir(parents=True, exist_ok=True)
@@ -149,8 +173,9 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         found = pool.map(lambda arm: run(arm, options.config, options.out, options.extra), single)
         reports |= dict(zip((arm.name for arm in single), found, strict=True))
-    rows = [row(arm, reports[arm.name]) for arm in todo if not arm.name.startswith("alone-")]
-    rows.append(alone([row(arm, reports[arm.name]) for arm in todo if arm.name.startswith("alone-")]))
+    final = measure(todo, options)
+    rows = [row(arm, reports[arm.name], final) for arm in todo if not arm.name.startswith("alone-")]
+    rows.append(alone([row(arm, reports[arm.name], final) for arm in todo if arm.name.startswith("alone-")]))
     (options.out / "table.md").write_text(table(rows))
     (options.out / "results.json").write_text(json.dumps([asdict(r) for r in rows], indent=2) + "\n")
     plot(rows, options.out / "plot.png")
