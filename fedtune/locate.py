@@ -10,6 +10,9 @@ from pathlib import Path
 
 from fedtune.errors import ModelError, problem
 
+BUILT_IN = ("smollm2-135m", "tiny")
+"""Models that fedtune makes itself, on a machine with torch."""
+
 
 def cache_folder() -> Path:
     """Returns the folder that fedtune keeps models and data sets in; it need not exist."""

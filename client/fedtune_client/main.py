@@ -11,6 +11,7 @@ from types import FrameType
 
 from fedtune.config import Config, Shared
 from fedtune.errors import ConfigError, FedtuneError, StorageError, problem
+from fedtune.installed import need_training
 from fedtune.worker import OnStep, Worker
 from fedtune_client.log import Log
 from fedtune_client.session import OpenWorker, Session
@@ -34,6 +35,8 @@ def run(
         The exit code: 0 when the run was completed or this client was told to stop, else that of the error.
     """
     try:
+        if open_worker is None:
+            need_training()
         log = Log(config.client.folder, config.client.id)
     except FedtuneError as error:
         sys.stderr.write(f"{config.client.id}: error: {error}\n")

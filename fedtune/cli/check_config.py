@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.cli.check_machine import FAIL, OK, WARN, Check, nearest
 from fedtune.errors import FedtuneError
+from fedtune.installed import need_training
 
 if TYPE_CHECKING:
     from fedtune.config import Config
@@ -90,6 +91,12 @@ def _model(config: "Config", fetch: bool) -> Iterator[Check]:
 
 
 def _fetch_model(name: str, revision: str) -> Path:
+    from fedtune.hub import find_model
+    from fedtune.locate import BUILT_IN
+
+    if name not in BUILT_IN:
+        return find_model(name, revision)  # which a coordinator's machine can do without torch
+    need_training()
     from fedtune.training.models import resolve_model
 
     return resolve_model(name, revision)

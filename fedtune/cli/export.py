@@ -9,6 +9,7 @@ import typer
 
 from fedtune.cli.console import out
 from fedtune.errors import ConfigError, ModelError, StorageError, problem
+from fedtune.installed import need_training
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -78,6 +79,7 @@ def _copy(adapter: Path, target: Path, base: str) -> None:
 
 def _merge(adapter: Path, target: Path, base: str, dtype: str) -> None:
     """Loads the base, adds B A to each adapted layer, and saves weights and tokenizer."""
+    need_training()
     from fedtune.lora import load_peft
     from fedtune.training.merging import MergedBase
     from fedtune.training.models import choose_device, load_model, resolve_model

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedtune.cli.console import err
-from fedtune.errors import ConfigError, problem
+from fedtune.installed import need_training
 
 if TYPE_CHECKING:
     from fedtune.config import Config
 
-_TRAINING = ("torch", "transformers", "peft")
+__all__ = ["admit_all", "for_simulation", "need_training", "prepare"]
 
 
 def prepare(config: "Config", indices: Sequence[int] = ()) -> list[int]:
@@ -30,16 +30,6 @@ def prepare(config: "Config", indices: Sequence[int] = ()) -> list[int]:
         resolve_model(config.model.name, config.model.revision)
     with err.status(f"data {config.data.name}"):
         return [len(client_rows(config, index)) for index in indices]
-
-
-def need_training() -> None:
-    """Raises ConfigError when the packages for training are not installed."""
-    from importlib.util import find_spec
-
-    missing = [name for name in _TRAINING if find_spec(name) is None]
-    if missing:
-        got = f"no {' and no '.join(missing)}"
-        raise ConfigError(problem("installation", ", ".join(_TRAINING), got, "pip install 'fedtune[client]'"))
 
 
 def admit_all(config: "Config") -> None:

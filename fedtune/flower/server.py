@@ -8,7 +8,7 @@ from fedtune.config import Config, Shared
 from fedtune.flower.record import RunFolder
 from fedtune.flower.settings import read_config
 from fedtune.flower.strategy import FedtuneStrategy
-from fedtune.locate import locate_model
+from fedtune.hub import find_model
 
 
 def server_app() -> ServerApp:
@@ -29,7 +29,7 @@ def run(config: Config, grid: Grid) -> FedtuneStrategy:
         FedtuneError: the run did not complete.
     """
     model = config.model
-    base = open_base(locate_model(model.name, model.revision), model.name)
+    base = open_base(find_model(model.name, model.revision), model.name)
     strategy = FedtuneStrategy(config, base, RunFolder(config.run.folder, Shared.of(config)))
     strategy.start(grid)
     return strategy

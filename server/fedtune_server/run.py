@@ -11,7 +11,7 @@ from typing import IO, Any
 from fedtune.base import open_base
 from fedtune.config import Config, Shared
 from fedtune.errors import ConfigError, ModelError, problem
-from fedtune.locate import locate_model
+from fedtune.hub import find_model
 from fedtune.method import BaseModel
 from fedtune_server import records
 from fedtune_server.blobs import Blobs, storage_error
@@ -76,11 +76,12 @@ class Run:
 
 
 def open_run(config: Config) -> Run:
-    """Opens or creates the run of `config.run.folder`.
+    """Opens or creates the run of `config.run.folder`; fetches its base model when that is of the hub and not here yet.
 
     Raises:
         ConfigError: the folder holds a run with other settings, or another coordinator has it open.
         ModelError: the base model is missing, or is not the one the run was started with.
+        UnavailableError: the base model is to be fetched, and the hub cannot be reached.
         StorageError: the folder cannot be written, or what it holds is damaged.
     """
     folder = config.run.folder
@@ -89,7 +90,7 @@ def open_run(config: Config) -> Run:
     store = Store(folder / "run.db")
     meta = store.call(records.read_meta)
     _same_settings(shared, meta, folder)
-    base = open_base(locate_model(config.model.name, config.model.revision), config.model.name)
+    base = open_base(find_model(config.model.name, config.model.revision), config.model.name)
     _same_base(base, meta, folder)
     blobs = Blobs(folder / "blobs")
     if "run_id" not in meta:

@@ -140,8 +140,16 @@ def test_insecure_on_every_interface_when_asked(spawn, connect):
 
 
 def test_missing_model_exits_4_with_a_remedy(spawn, tmp_path):
-    assert spawn(model={"name": "nobody/nothing"}).wait() == 4
-    assert "doctor --fetch" in (tmp_path / "run.log").read_text()
+    assert spawn(model={"name": "./nowhere"}).wait() == 4
+    assert "a model folder, a hub id or a built-in model" in (tmp_path / "run.log").read_text()
+
+
+def test_a_hub_model_without_a_hub_exits_9(spawn, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert spawn(model={"name": "nobody/nothing"}).wait() == 9
+    text = (tmp_path / "run.log").read_text()
+    assert "no connection" in text
+    assert "Traceback" not in text
 
 
 def test_unknown_key_exits_2(spawn, tmp_path):

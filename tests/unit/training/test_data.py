@@ -8,8 +8,9 @@ import pytest
 from pyarrow import parquet
 
 from fedtune.config import parse
-from fedtune.errors import DataError
+from fedtune.errors import DataError, UnavailableError
 from fedtune.training.data import all_client_rows, client_rows, held_out_rows, read, with_columns
+from fedtune.training.rows import read_dataset
 
 _ROWS = [{"q": f"question {i}", "a": f"answer {i}", "kind": "ab"[i % 2]} for i in range(40)]
 
@@ -134,13 +135,33 @@ def test_messages_that_are_none(tmp_path, value):
 def test_an_unknown_data_set_without_a_hub(monkeypatch):
     datasets = pytest.importorskip("datasets")
 
-    def unreachable(*args, **options):
-        raise ConnectionError("no route to the hub")
+    def refused(*args, **options):
+        raise ValueError("no such data set")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr("fedtune.training.rows.hub_answers", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", refused)
     said = _says(_config("someone/something"))
     assert "someone/something" in said
-    assert "no route" in said
+    assert "no such data set" in said
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_again_but_what_is_on_disk_counts(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    from huggingface_hub import constants
+
+    def load(name, split):
+        assert datasets.config.HF_HUB_OFFLINE
+        assert constants.HF_HUB_OFFLINE
+        if name != "here/already":
+            raise ConnectionError("offline")
+        return [{"text": "kept"}]
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_dataset("here/already", "train") == [{"text": "kept"}]
+    with pytest.raises(UnavailableError, match=r"data\.name 'someone/something'.*no connection.*built-in"):
+        read_dataset("someone/something", "train")
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_held_out_rows_are_trained_on_by_nobody(tmp_path):
