@@ -1,13 +1,13 @@
 """The connection to the coordinator: plain on this machine, TLS to any other."""
 
 import ipaddress
-from pathlib import Path
 
 import grpc
 
 from fedtune import wire
 from fedtune.config.schema import ClientConfig
 from fedtune.errors import ConfigError, problem
+from fedtune.pem import read_authority, read_pair
 
 # A subchannel of its own: another client in this process must not share our reconnect clock. A connection attempt
 # may take ten seconds, since a TLS handshake with a busy or distant coordinator takes its time.
@@ -18,7 +18,7 @@ def open_channel(client: ClientConfig) -> grpc.Channel:
     """Opens a channel; the first connection is made by the first call.
 
     Raises:
-        ConfigError: the address is not on this machine and there is no TLS, or a PEM file cannot be read.
+        ConfigError: the address is not on this machine and there is no TLS, or a PEM file is unusable.
     """
     options = list({**dict(wire.CHANNEL_OPTIONS), **_OPTIONS}.items())
     if client.ca or client.cert or client.key:
@@ -43,15 +43,8 @@ def is_loopback(address: str) -> bool:
 def _credentials(client: ClientConfig) -> grpc.ChannelCredentials:
     if bool(client.cert) != bool(client.key):
         raise ConfigError(problem("client.cert and client.key", "both or neither", f"{client.cert} and {client.key}"))
-    return grpc.ssl_channel_credentials(
-        _pem("client.ca", client.ca), _pem("client.key", client.key), _pem("client.cert", client.cert)
-    )
-
-
-def _pem(key: str, path: Path | None) -> bytes | None:
-    if path is None:
-        return None
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(problem(key, "a readable PEM file", f"{path} ({error.strerror})")) from error
+    ca = read_authority("client.ca", client.ca) if client.ca else None
+    if client.cert is None or client.key is None:
+        return grpc.ssl_channel_credentials(ca)
+    cert, key = read_pair("client.cert", client.cert, "client.key", client.key)
+    return grpc.ssl_channel_credentials(ca, key, cert)

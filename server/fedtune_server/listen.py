@@ -1,8 +1,8 @@
 """Where and how the coordinator listens: address, TLS, and who a certificate says a client is."""
 
+import errno
 import ipaddress
 import socket
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -10,6 +10,7 @@ import grpc.aio
 
 from fedtune.config.schema import ServerConfig
 from fedtune.errors import ConfigError, ProtocolError, problem
+from fedtune.pem import read_authority, read_pair
 
 _REMEDY = "Give server.cert, server.key and server.client_ca, or set server.insecure = true on a network you trust"
 
@@ -36,7 +37,7 @@ def credentials(server: ServerConfig) -> grpc.ServerCredentials | None:
     """Returns mutual TLS credentials, or None for plain text.
 
     Raises:
-        ConfigError: only some of the three files are given, one cannot be read, or plain text would leave this machine.
+        ConfigError: only some of the three files are given, one is unusable, or plain text would leave this machine.
     """
     files = {"server.cert": server.cert, "server.key": server.key, "server.client_ca": server.client_ca}
     missing = [name for name, path in files.items() if path is None]
@@ -44,26 +45,40 @@ def credentials(server: ServerConfig) -> grpc.ServerCredentials | None:
         if not server.insecure and not is_loopback(parse_address(server.address)[0]):
             raise ConfigError(problem("server.address", "a loopback address without TLS", server.address, _REMEDY))
         return None
-    if missing:
+    if server.cert is None or server.key is None or server.client_ca is None:
         raise ConfigError(problem("server", "cert, key and client_ca together", f"no {' and no '.join(missing)}"))
-    pem = {name: _read(name, path) for name, path in files.items() if path is not None}
+    cert, key = read_pair("server.cert", server.cert, "server.key", server.key)
     return grpc.ssl_server_credentials(
-        [(pem["server.key"], pem["server.cert"])], pem["server.client_ca"], require_client_auth=True
+        [(key, cert)], read_authority("server.client_ca", server.client_ca), require_client_auth=True
     )
 
 
 def bind(server: grpc.aio.Server, address: str, tls: grpc.ServerCredentials | None) -> int:
-    """Binds the port and returns it; raises ConfigError when it is taken."""
+    """Binds the port and returns it; raises ConfigError, saying why, when that cannot be."""
     host, port = parse_address(address)
-    if port:
-        _probe(host, port, address)
+    try:
+        _probe(host, port)
+    except OSError as error:
+        raise cannot_bind("server.address", address, error) from error
     try:
         bound = server.add_secure_port(address, tls) if tls else server.add_insecure_port(address)
     except RuntimeError as error:
-        raise _taken(address, str(error)) from error
+        raise ConfigError(problem("server.address", "an address to listen at", f"{address} ({error})")) from error
     if bound == 0:
-        raise _taken(address, "the address cannot be bound")
+        raise ConfigError(problem("server.address", "an address to listen at", f"{address}, which gRPC cannot bind"))
     return bound
+
+
+def cannot_bind(name: str, address: str, error: OSError) -> ConfigError:
+    """Builds the error for an address at which this machine cannot listen: taken, unknown, elsewhere or forbidden."""
+    want, remedy = "an address of this machine", "0.0.0.0 and [::] stand for all of them"
+    if isinstance(error, socket.gaierror):
+        want = "a host name that can be looked up"
+    elif error.errno == errno.EADDRINUSE:
+        want, remedy = "a free port", "Stop the program that uses it, or choose another port (0 takes a free one)"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        want, remedy = "a port this user may use", "Choose one above 1023"
+    return ConfigError(problem(name, want, f"{address}: {error.strerror or error}", remedy))
 
 
 def check_identity(context: "grpc.aio.ServicerContext[Any, Any]", client_id: str) -> None:
@@ -89,27 +104,12 @@ def reachable(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _probe(host: str, port: int, address: str) -> None:
-    """Binds once with the plain socket API, whose error says what is wrong."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError as error:
-        raise _taken(address, str(error.strerror or error)) from error
-
-
-def _taken(address: str, reason: str) -> ConfigError:
-    remedy = "Stop the program that uses it, or choose another port (0 takes a free one)"
-    return ConfigError(problem("server.address", "a free port", f"{address}: {reason}", remedy))
-
-
-def _read(name: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(problem(name, "a PEM file", f"{path} ({error.strerror})")) from error
+def _probe(host: str, port: int) -> None:
+    """Binds once with the plain socket API, whose OSError says what is wrong."""
+    family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(where)
 
 
 def _text(value: bytes) -> str:

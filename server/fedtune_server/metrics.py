@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fedtune.errors import ConfigError, problem
-from fedtune_server.listen import parse_address
+from fedtune_server.listen import cannot_bind, parse_address
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
 
 
 @dataclass
@@ -43,34 +46,41 @@ def serve_metrics(address: str, metrics: Metrics, read: Callable[[], Reading]) -
         return
     # Imported here: who does not ask for the endpoint does not pay for it.
     from prometheus_client import CollectorRegistry, start_http_server
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-
-    class Collector:
-        def collect(self) -> Iterator[Metric]:
-            reading = read()
-            for name, value in reading.gauges.items():
-                yield GaugeMetricFamily(f"fedtune_{name}", name.replace("_", " "), value=value)
-            updates = CounterMetricFamily("fedtune_updates", "updates by answer", labels=["answer"])
-            for answer in ("accepted", "refused", "late"):
-                updates.add_metric([answer], getattr(metrics, answer))
-            yield updates
-            yield CounterMetricFamily("fedtune_commit_seconds", "time spent on commits", value=metrics.commit_seconds)
-            sums = CounterMetricFamily("fedtune_bytes", "bytes on the wire", labels=["direction", "kind"])
-            for (direction, kind), nbytes in reading.bytes_by.items():
-                sums.add_metric([direction, kind], nbytes)
-            yield sums
 
     host, port = parse_address(address, "server.metrics_address")
     registry = CollectorRegistry()
-    registry.register(Collector())
+    registry.register(_Collector(metrics, read))
     try:
         server, thread = start_http_server(port, host, registry)
     except OSError as error:
-        remedy = "Stop the program that uses it, or choose another port"
-        raise ConfigError(problem("server.metrics_address", "a free port", f"{address} ({error})", remedy)) from error
+        raise cannot_bind("server.metrics_address", address, error) from error
     try:
         yield
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Collector:
+    """What prometheus_client asks for the figures of the moment."""
+
+    def __init__(self, metrics: Metrics, read: Callable[[], Reading]) -> None:
+        self._metrics, self._read = metrics, read
+
+    def collect(self) -> "Iterator[Metric]":
+        """Yields one family of figures after another."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        reading = self._read()
+        for name, value in reading.gauges.items():
+            yield GaugeMetricFamily(f"fedtune_{name}", name.replace("_", " "), value=value)
+        updates = CounterMetricFamily("fedtune_updates", "updates by answer", labels=["answer"])
+        for answer in ("accepted", "refused", "late"):
+            updates.add_metric([answer], getattr(self._metrics, answer))
+        yield updates
+        yield CounterMetricFamily("fedtune_commit_seconds", "time spent on commits", value=self._metrics.commit_seconds)
+        sums = CounterMetricFamily("fedtune_bytes", "bytes on the wire", labels=["direction", "kind"])
+        for (direction, kind), nbytes in reading.bytes_by.items():
+            sums.add_metric([direction, kind], nbytes)
+        yield sums
