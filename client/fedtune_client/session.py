@@ -8,6 +8,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import TypeAlias
 
 import grpc
@@ -174,9 +176,12 @@ class Session:
         return self._ready
 
     def _begin(self, terms: Terms) -> pb.Ready:
-        worker = self._open_worker(self._config, terms.shared, self._index, self._on_step)
+        worker = self._open_worker(self._config, self._with_own_model(terms.shared), self._index, self._on_step)
         if worker.base_digest != terms.base_digest:
-            remedy = f"The run is for {terms.shared.model.name}; see that the files are the same on every machine"
+            remedy = (
+                f"The run is for {terms.shared.model.name}; see that the files are the same on every machine, also "
+                "where this client's own model.name says that they are"
+            )
             raise ModelError(problem("base model: digest", terms.base_digest, worker.base_digest, remedy))
         self._turns = Turns(
             terms,
@@ -190,6 +195,13 @@ class Session:
         )
         digest = terms.shared.digest()
         return pb.Ready(settings_digest=digest, base_digest=worker.base_digest, examples=worker.examples)
+
+    def _with_own_model(self, shared: Shared) -> Shared:
+        """Puts this machine's copy of the model, if its own `model.name` is a folder, in place of the shared name."""
+        own = Path(self._config.model.name).expanduser()
+        if not (own / "config.json").is_file():
+            return shared
+        return replace(shared, model=replace(shared.model, name=str(own), revision=""))
 
     def _fail(self, error: BaseException) -> None:
         """Takes an error that ended the training thread."""

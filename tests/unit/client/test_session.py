@@ -1,6 +1,7 @@
 """The client against a coordinator that misbehaves on purpose."""
 
 import json
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -96,6 +97,30 @@ def test_another_base_model_is_refused_before_ready(config, coordinator, toy, tm
     assert run(at(config, coordinator), open_worker=worker.open) == ModelError.exit_code == 4
     assert coordinator.readies == []
     assert "base model: digest: expected" in capsys.readouterr().err
+
+
+def test_a_client_may_keep_its_copy_of_the_model_in_another_folder(config, coordinator, toy, tmp_path):
+    own = toy_base(tmp_path / "elsewhere")
+    shutil.rmtree(config.model.name)  # where the coordinator has it is nothing to this client
+    asked = []
+
+    def open_worker(config, shared, index, on_step):
+        asked.append(shared.model)
+        return ToyWorker(Path(shared.model.name), shared.seed)
+
+    mine = replace(at(config, coordinator), model=replace(config.model, name=str(own)))
+    assert run(mine, open_worker=open_worker) == 0
+    assert [model.name for model in asked] == [str(own)]
+    assert coordinator.readies[0].settings_digest == coordinator.shared.digest()
+
+
+def test_a_copy_with_other_weights_is_refused(config, coordinator, tmp_path, capsys):
+    other = toy_base(tmp_path / "other", seed=1)
+    mine = replace(at(config, coordinator), model=replace(config.model, name=str(other)))
+    code = run(mine, open_worker=lambda config, shared, *_: ToyWorker(Path(shared.model.name), shared.seed))
+    assert code == 4
+    assert coordinator.readies == []
+    assert "this client's own model.name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
