@@ -14,6 +14,7 @@ import pytest
 
 from fedtune.cli.main import _EPILOG
 from fedtune.errors import FedtuneError
+from fedtune.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -96,3 +97,8 @@ def test_every_exit_code_is_explained() -> None:
     for kind in FedtuneError.__subclasses__():
         assert f"| {kind.exit_code} | {kind.__name__} |" in page
         assert re.search(rf"\b{kind.exit_code} \w", _EPILOG), kind
+
+
+def test_the_readme_lists_every_method() -> None:
+    table = (ROOT / "README.md").read_text()
+    assert [name for name in METHODS if f"| `{name}` |" not in table] == []
