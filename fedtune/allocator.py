@@ -8,18 +8,20 @@ import ctypes
 import sys
 from typing import Any
 
-_M_TRIM_THRESHOLD, _M_ARENA_MAX = -1, -8
-_ARENAS, _KEPT_BYTES = 2, 4 * 2**20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_ARENAS, _MAPPED_BYTES, _KEPT_BYTES = 2, 2**20, 4 * 2**20
 
 
 def share_arenas() -> None:
-    """Makes all threads share two arenas, and arrays go back to the system when freed; call it before threads start.
+    """Makes all threads share two arenas, and sends blocks of 1 MiB back to the system when freed.
 
-    Large blocks are then mapped and unmapped one by one, which is too slow for training and right for moving payloads.
+    Call it before threads start. It is right for moving payloads and too slow for training, which frees large blocks
+    only to ask for them again.
     """
     libc = _glibc()
     if libc:
         libc.mallopt(_M_ARENA_MAX, _ARENAS)
+        libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 

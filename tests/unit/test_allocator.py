@@ -8,8 +8,8 @@ import pytest
 
 from fedtune import allocator
 
-# Blocks of 160 kB and one behind them that stays: what is freed cannot simply be cut off the end of the heap. The large
-# block comes first because glibc takes its size for what should stay on the heap from then on.
+# glibc takes the size of the largest block freed so far for what should stay on the heap from then on: hence `large`. A
+# small block behind the others stays, so that what is freed cannot simply be cut off the end of the heap.
 CODE = """
 import numpy as np
 from fedtune import allocator
@@ -19,10 +19,10 @@ def resident():
     return int(line.split()[1]) / 1000
 
 {before}
+start = resident()
 large = np.ones(2_500_000)
 del large
-start = resident()
-held = [np.ones(20_000) for _ in range(400)]
+held = [np.ones(160_000) for _ in range(50)]
 last = np.ones(2_000)
 del held
 {after}
