@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune.cli.check_machine import FAIL, OK, WARN, Check, nearest
+from fedtune.cli.prepare import check_counts
 from fedtune.errors import FedtuneError
 from fedtune.installed import need_training
+from fedtune.report.folder import refuse_centralised
 
 if TYPE_CHECKING:
     from fedtune.config import Config
@@ -28,6 +30,7 @@ def config_checks(path: Path, overrides: tuple[str, ...], fetch: bool) -> Iterat
         return
     yield Check(OK, "configuration", f"{path}: {config.method.name}, {config.rounds.count} rounds")
     yield _folder(config.run.folder)
+    yield from _counts(config)
     yield _port(config.server.address)
     yield from _model(config, fetch)
     yield _data(config)
@@ -44,9 +47,24 @@ def fetch_demo() -> Iterator[Check]:
 
 
 def _folder(folder: Path) -> Check:
+    try:
+        refuse_centralised(folder)
+    except FedtuneError as error:
+        return Check(FAIL, "run.folder", str(error), "Choose another run.folder")
     if nearest(folder).is_dir() and os.access(nearest(folder), os.W_OK):
         return Check(OK, "run.folder", f"{folder}{' (a run is there: it will go on)' if folder.exists() else ''}")
     return Check(FAIL, "run.folder", f"{folder} cannot be written", "Choose another run.folder")
+
+
+def _counts(config: "Config") -> Iterator[Check]:
+    """Whether the simulation has the clients its rounds wait for; a server's clients are elsewhere."""
+    from fedtune.config.schema import SimulationConfig
+
+    try:
+        check_counts(config)
+    except FedtuneError as error:
+        state = WARN if config.simulation == SimulationConfig() else FAIL
+        yield Check(state, "rounds", str(error), "Needed for `fedtune simulate`: as many simulation.clients as that")
 
 
 def _port(address: str) -> Check:
@@ -111,7 +129,7 @@ def _layers(config: "Config", base: "BaseModel") -> Check:
         state = config.method.init(base, config.run.seed)
         nbytes = []
         for index, name in enumerate(member_ids(config)):
-            client = member_config(config, index, "").client
+            client = member_config(config, index, config.server.address).client
             member = config.method.admit(Member(name, client.rank, client.alpha))
             nbytes.append(config.method.template(state, member).nbytes)
     except FedtuneError as error:
@@ -125,9 +143,9 @@ def _layers(config: "Config", base: "BaseModel") -> Check:
 def _data(config: "Config") -> Check:
     """How many rows each client of the simulation has."""
     try:
-        from fedtune.training.data import client_rows
+        from fedtune.training.data import all_client_rows
 
-        counts = [len(client_rows(config, index)) for index in range(config.simulation.clients)]
+        counts = [len(rows) for rows in all_client_rows(config)]
     except FedtuneError as error:
         return Check(FAIL, "data", str(error), "Mend [data] or [simulation]")
     except ImportError as error:

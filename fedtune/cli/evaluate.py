@@ -1,12 +1,15 @@
 """`fedtune evaluate`: how well the base and adapters do on rows nobody trained on."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedtune.cli.console import err, figure, out
 from fedtune.cli.options import ConfigPath, Json, Sets
+
+if TYPE_CHECKING:
+    from fedtune.config import Config
 
 
 def evaluate(
@@ -28,23 +31,30 @@ def evaluate(
     from fedtune.cli.export import find_adapter
     from fedtune.cli.prepare import prepare
     from fedtune.config import load
+    from fedtune.report.folder import storage
 
     loaded = load(config, tuple(set_ or ()))
     adapters = {str(path): find_adapter(path) for path in adapter or ()}
-    prepare(loaded)
-    from fedtune.training.evaluate import Evaluator
-
-    results: dict[str, dict[str, float]] = {}
-    with err.status("measuring"):
-        evaluator = Evaluator.open(loaded)
-        if base:
-            results["base"] = evaluator.base()
-        for name, folder in adapters.items():
-            results[name] = evaluator.adapter(folder)
+    with storage(loaded.run.folder):
+        prepare(loaded)
+        results = _measure(loaded, adapters, base)
     if json:
         out.print_json(data=results)
     else:
         _print(results)
+
+
+def _measure(config: "Config", adapters: dict[str, Path], base: bool) -> dict[str, dict[str, float]]:
+    from fedtune.training.evaluate import Evaluator
+
+    results: dict[str, dict[str, float]] = {}
+    with err.status("measuring"):
+        evaluator = Evaluator.open(config)
+        if base:
+            results["base"] = evaluator.base()
+        for name, folder in adapters.items():
+            results[name] = evaluator.adapter(folder)
+    return results
 
 
 def _print(results: dict[str, dict[str, float]]) -> None:

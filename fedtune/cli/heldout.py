@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedtune.config import Config
-from fedtune.errors import FedtuneError
 from fedtune.report.evaluations import BASE, Evaluations
 
 OnFigures = Callable[[int, dict[str, float]], None]
@@ -33,7 +32,7 @@ class HeldOut:
     def __init__(self, config: Config, on_figures: OnFigures) -> None:
         config.run.folder.mkdir(parents=True, exist_ok=True)
         self.evaluations = Evaluations.open(config.run.folder, config)
-        self.error: FedtuneError | None = None
+        self.error: Exception | None = None
         threads = config.client.threads or config.simulation.threads
         self._config = replace(config, client=replace(config.client, threads=threads))
         self._on_figures = on_figures
@@ -50,7 +49,7 @@ class HeldOut:
         self._jobs.put(_Job(number, digest, adapter))
 
     def finish(self) -> None:
-        """Waits for what is left; an error is in `error`."""
+        """Waits for what is left; what ended the measuring too early is in `error`."""
         self._jobs.put(None)
         while self._thread.is_alive():
             self._thread.join(0.2)
@@ -67,5 +66,5 @@ class HeldOut:
                     figures = evaluator.base() if job.adapter is None else evaluator.adapter(job.adapter)
                     self.evaluations.put(job.digest, figures)
                 self._on_figures(job.number, figures)
-        except FedtuneError as error:
+        except Exception as error:  # whatever it is, the run must not end as if it had its figures
             self.error = error

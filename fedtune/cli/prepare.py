@@ -4,46 +4,61 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedtune.cli.console import err
+from fedtune.errors import ConfigError, problem
 from fedtune.installed import need_training
 
 if TYPE_CHECKING:
     from fedtune.config import Config
 
-__all__ = ["admit_all", "for_simulation", "need_training", "prepare"]
+__all__ = ["check_counts", "check_layers", "for_simulation", "need_training", "prepare"]
 
 
 def prepare(config: "Config", indices: Sequence[int] = ()) -> list[int]:
-    """Fetches model and data if they are not here yet, and reads them; returns each client's number of rows.
+    """Fetches data and model if they are not here yet; returns each client's number of rows. What is cheap comes first.
 
     Args:
         config: what to prepare for.
-        indices: the simulated clients whose parts are looked at.
+        indices: the simulated clients that must be admitted and have rows; without any, data are not read.
 
     Raises:
         FedtuneError: something is missing or malformed.
     """
     need_training()
-    from fedtune.training.data import client_rows
+    from fedtune.training.data import all_client_rows, check_files
     from fedtune.training.models import resolve_model
 
+    check_files(config.data)
+    counts: list[int] = []
+    if indices:
+        _admit(config, indices)
+        with err.status(f"data {config.data.name}"):
+            parts = all_client_rows(config)
+            counts = [len(parts[index]) for index in indices]
     with err.status(f"model {config.model.name}"):
         resolve_model(config.model.name, config.model.revision)
-    with err.status(f"data {config.data.name}"):
-        return [len(client_rows(config, index)) for index in indices]
+    return counts
 
 
-def admit_all(config: "Config") -> None:
-    """Checks that the base has the layers and the method takes every client, before any program starts."""
+def check_counts(config: "Config") -> None:
+    """Raises ConfigError when `[rounds]` waits for more clients than the simulation has: no round would ever start."""
+    rounds, clients = config.rounds, config.simulation.clients
+    want = f"at most simulation.clients = {clients}"
+    faults = [
+        problem(f"rounds.{key}", want, value)
+        for key, value in (("clients", rounds.clients), ("min_clients", rounds.min_clients))
+        if value > clients
+    ]
+    if faults:
+        raise ConfigError("\n".join([*faults, "Lower it, or raise simulation.clients"]))
+
+
+def check_layers(config: "Config") -> None:
+    """Checks that the base has the method's layers, before any program starts."""
     from fedtune.base import open_base
-    from fedtune.config.members import member_config, member_ids
     from fedtune.locate import locate_model
-    from fedtune.method import Member
 
     base = open_base(locate_model(config.model.name, config.model.revision), config.model.name)
     config.method.init(base, config.run.seed)
-    for index, name in enumerate(member_ids(config)):
-        client = member_config(config, index, config.server.address).client
-        config.method.admit(Member(name, client.rank, client.alpha))
 
 
 def for_simulation(config: "Config") -> list[str]:
@@ -56,3 +71,13 @@ def for_simulation(config: "Config") -> list[str]:
 
     least = max(config.rounds.min_clients, quorum_of(config.rounds, config.simulation.clients))
     return ["server.address=127.0.0.1:0", f"rounds.min_clients={min(least, config.simulation.clients)}"]
+
+
+def _admit(config: "Config", indices: Sequence[int]) -> None:
+    """Checks that the method takes every client: its rank, its alpha."""
+    from fedtune.config.members import member_config
+    from fedtune.method import Member
+
+    for index in indices:
+        client = member_config(config, index, config.server.address).client
+        config.method.admit(Member(client.id, client.rank, client.alpha))

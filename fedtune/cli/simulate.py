@@ -34,20 +34,31 @@ def simulate(
     * `fedtune simulate config.toml`
     * `fedtune simulate config.toml --set rounds.count=5 --set run.folder=runs/5`
     """
-    from fedtune.cli.prepare import admit_all, prepare
     from fedtune.config import load
+    from fedtune.report.folder import storage
 
     overrides = list(set_ or ())
     loaded = load(config, tuple(overrides))
-    rows = prepare(loaded, range(loaded.simulation.clients))
-    admit_all(loaded)
+    with storage(loaded.run.folder):
+        _check(loaded)
+        run_simulation(loaded, config, overrides, evaluate, plain or not err.is_terminal)
+
+
+def _check(config: "Config") -> None:
+    """Looks at everything that can be wrong, what is cheap first; says what is about to run."""
+    from fedtune.cli.prepare import check_counts, check_layers, prepare
+    from fedtune.cli.same_run import check_same
+
+    check_counts(config)
+    check_same(config)
+    rows = prepare(config, range(config.simulation.clients))
+    check_layers(config)
     err.print(
-        f"{loaded.run.name}: {loaded.method.name} on {loaded.model.name}, {len(rows)} clients with {min(rows)} to "
-        f"{max(rows)} rows, {loaded.rounds.count} rounds, results in {loaded.run.folder}",
+        f"{config.run.name}: {config.method.name} on {config.model.name}, {len(rows)} clients with {min(rows)} to "
+        f"{max(rows)} rows, {config.rounds.count} rounds, results in {config.run.folder}",
         soft_wrap=True,
         markup=False,
     )
-    run_simulation(loaded, config, overrides, evaluate, plain or not err.is_terminal)
 
 
 def run_simulation(config: "Config", path: Path, overrides: list[str], evaluate: bool, plain: bool) -> None:
@@ -81,6 +92,7 @@ def run_simulation(config: "Config", path: Path, overrides: list[str], evaluate:
 def _supervise(config: "Config", path: Path, overrides: list[str], view: "RunView", held_out: "HeldOut | None") -> None:
     from fedtune.cli.prepare import for_simulation
     from fedtune.cli.programs import coordinator, host
+    from fedtune.cli.same_run import keep_same
     from fedtune.cli.supervise import Supervisor
     from fedtune.report.record import collect, round_folders
 
@@ -91,6 +103,7 @@ def _supervise(config: "Config", path: Path, overrides: list[str], view: "RunVie
             held_out.add(number, digest, folder / "rounds" / f"{number:04d}")
 
     folder.mkdir(parents=True, exist_ok=True)
+    keep_same(config)
     supervisor = Supervisor(folder, coordinator(path, folder, sets), host(path, folder, sets), view, closed)
     if held_out:
         held_out.start()

@@ -32,29 +32,31 @@ def train(
     """Train one adapter on all the data in one place, with the loop that clients use.
 
     It is what a federation is compared with: all data together, or with `--index` one client's data alone. One round of
-    a federation of one client gives the same bits. The adapter goes to `run.folder`/final.
+    a federation of one client gives the same bits. The adapter goes to `run.folder`/final, which
+    must not be the folder of a federation.
 
     Examples:
 
     * `fedtune train config.toml --set run.folder=runs/central`
-    * `fedtune train config.toml --index 0`
+    * `fedtune train config.toml --index 0 --set run.folder=runs/alone`
     """
     from fedtune.cli.prepare import prepare
     from fedtune.config import load
     from fedtune.config.members import member_config
+    from fedtune.report.folder import refuse_federated, storage
 
     loaded = load(config, tuple(set_ or ()))
     folder = loaded.run.folder
     if index is not None:
         loaded = member_config(loaded, index, loaded.client.address)
-    prepare(loaded)
-    folder.mkdir(parents=True, exist_ok=True)
-    trained = _train(loaded, index, plain or not err.is_terminal)
-    trained.save(loaded, folder / "final")
-    figures: Figures = {"base": None, "final": None}
-    if evaluate:
-        figures = _measure(loaded, folder)
-    _finish(loaded, folder, trained, figures)
+    with storage(folder):
+        refuse_federated(folder)
+        prepare(loaded)
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = _train(loaded, index, plain or not err.is_terminal)
+        trained.save(loaded, folder / "final")
+        figures: Figures = _measure(loaded, folder) if evaluate else {"base": None, "final": None}
+        _finish(loaded, folder, trained, figures)
 
 
 def _train(config: "Config", index: int | None, plain: bool) -> "Trained":

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fedtune.config import Config
+from fedtune.report.folder import replace_text
 
 BASE = "base"
 Figures = dict[str, float]
@@ -44,11 +45,9 @@ class Evaluations:
         return self.figures.get(what)
 
     def put(self, what: str, figures: Figures) -> None:
-        """Adds figures and writes the file, replacing it at once."""
+        """Adds figures and writes the file, replacing it at once; raises StorageError when the disk refuses."""
         self.figures[what] = figures
-        draft = self.path.with_name(self.path.name + ".part")
-        draft.write_text(json.dumps({"key": self.key, "figures": self.figures}, indent=2) + "\n")
-        draft.replace(self.path)
+        replace_text(self.path, json.dumps({"key": self.key, "figures": self.figures}, indent=2) + "\n")
 
 
 def _key(config: Config) -> str:

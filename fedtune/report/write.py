@@ -8,6 +8,7 @@ from typing import Any
 
 from fedtune.config import Config, Shared
 from fedtune.report.evaluations import BASE, Evaluations, Figures
+from fedtune.report.folder import replace_text
 from fedtune.report.record import RoundRecord, RunRecord
 
 FORMAT = "fedtune-report-1"
@@ -50,12 +51,8 @@ def centralised(config: Config, metrics: Figures, held_out: Mapping[str, Figures
 
 
 def write_report(folder: Path, report: JsonObject) -> Path:
-    """Writes `report.json`, replacing the file at once; returns its path."""
-    path = folder / "report.json"
-    draft = folder / "report.json.part"
-    draft.write_text(json.dumps(report, indent=2) + "\n")
-    draft.replace(path)
-    return path
+    """Writes `report.json`, replacing the file at once; returns its path. Raises StorageError when the disk refuses."""
+    return replace_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
 
 
 def _round(closed: RoundRecord, figures: dict[str, dict[str, float]]) -> JsonObject:

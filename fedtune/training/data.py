@@ -68,6 +68,13 @@ def held_out_rows(config: Config) -> list[Row]:
     return _drawn(rows, config.data.held_out_rows, _rng(config, "evaluate"))
 
 
+def check_files(data: DataConfig) -> None:
+    """Raises DataError when `name` or `held_out_name` names a file or folder that is not there; reads nothing."""
+    for name in filter(None, (data.name, data.held_out_name)):
+        if name not in BUILT_IN and _is_local(name) and not is_saved_dataset(Path(name).expanduser()):
+            data_files(Path(name).expanduser())
+
+
 def with_columns(data: DataConfig) -> DataConfig:
     """Fills in the columns of a built-in data set, where the configuration names none."""
     if data.name not in BUILT_IN:
@@ -111,9 +118,14 @@ def _read(data: DataConfig) -> list[tuple[str, Row]]:
         return _numbered(data.name, BUILT_IN[data.name].read())
     if path.is_dir() and is_saved_dataset(path):
         return _numbered(data.name, read_saved(path, data.split))
-    if path.exists() or path.suffix or data.name.startswith((".", "/", "~")):
+    if _is_local(data.name):
         return [item for file in data_files(path) for item in read_file(file)]
     return _numbered(data.name, read_dataset(data.name, data.split))
+
+
+def _is_local(name: str) -> bool:
+    path = Path(name).expanduser()
+    return path.exists() or bool(path.suffix) or name.startswith((".", "/", "~"))
 
 
 def _numbered(name: str, rows: Sequence[Row]) -> list[tuple[str, Row]]:

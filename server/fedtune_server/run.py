@@ -6,13 +6,15 @@ import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from fedtune.base import open_base
 from fedtune.config import Config, Shared
+from fedtune.config.compare import differences
 from fedtune.errors import ConfigError, ModelError, problem
 from fedtune.hub import find_model
 from fedtune.method import BaseModel
+from fedtune.report.folder import refuse_centralised
 from fedtune_server import records
 from fedtune_server.blobs import Blobs, storage_error
 from fedtune_server.events import Events
@@ -79,12 +81,13 @@ def open_run(config: Config) -> Run:
     """Opens or creates the run of `config.run.folder`; fetches its base model when that is of the hub and not here yet.
 
     Raises:
-        ConfigError: the folder holds a run with other settings, or another coordinator has it open.
+        ConfigError: the folder holds a run with other settings, or a centralised one, or is in use.
         ModelError: the base model is missing, or is not the one the run was started with.
         UnavailableError: the base model is to be fetched, and the hub cannot be reached.
         StorageError: the folder cannot be written, or what it holds is damaged.
     """
     folder = config.run.folder
+    refuse_centralised(folder)
     lock = _lock(folder)
     shared = Shared.of(config)
     store = Store(folder / "run.db")
@@ -143,12 +146,7 @@ def _version(shared: Shared, base: BaseModel, store: Store, blobs: Blobs) -> Ver
 def _same_settings(shared: Shared, meta: dict[str, str], folder: Path) -> None:
     if "settings" not in meta or meta["settings"] == shared.to_json():
         return
-    old, new = _flat(json.loads(meta["settings"])), _flat(json.loads(shared.to_json()))
-    changed = [
-        f"  {key}: expected {old.get(key, 'nothing')!r}, got {new.get(key, 'nothing')!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
+    changed = differences(json.loads(meta["settings"]), json.loads(shared.to_json()))
     head = f"run.folder {folder} holds a run with other settings. Change them back, or choose another run.folder"
     raise ConfigError("\n".join([head, *changed]))
 
@@ -158,10 +156,3 @@ def _same_base(base: BaseModel, meta: dict[str, str], folder: Path) -> None:
     if base.digest != want:
         remedy = "Put the old weights back, or choose another run.folder"
         raise ModelError(problem(f"base model of {folder}", f"SHA-256 {want}", base.digest, remedy))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

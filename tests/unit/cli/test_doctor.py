@@ -61,7 +61,7 @@ def test_a_healthy_configuration(fedtune, config):
         ("data.response=nothing", "data", "row 1"),
         ("simulation.clients=30", "data", ""),
         ("run.folder=/etc/passwd/run", "run.folder", "cannot be written"),
-        ("server.address=nonsense", "server.address", "nonsense"),
+        ("server.address=nonsense", "configuration", "server.address"),
     ],
 )
 def test_what_is_wrong_is_found_and_a_remedy_given(fedtune, config, change, name, said):
