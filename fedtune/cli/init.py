@@ -1,5 +1,6 @@
 """`fedtune init`: a commented configuration to start from."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Annotated
@@ -37,7 +38,7 @@ def init(
     values = own_data(data, guess_columns(data)) if data else demo_values()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(template(values, str(path)))
+        path.write_text(template(values, str(path)), encoding="utf-8")
     except OSError as error:
         raise ConfigError(problem(str(path), "a file that can be written", error.strerror)) from error
     out.print(
@@ -80,12 +81,15 @@ def _columns(file: Path) -> list[str]:
         return _READERS[file.suffix.lower()](file)
     except KeyError as error:
         raise ConfigError(problem(str(file), "a .jsonl, .csv or .parquet file", file.suffix or "no suffix")) from error
-    except (OSError, ValueError, StopIteration) as error:
+    except ImportError as error:
+        remedy = "pip install pyarrow, or write the rows as JSONL or CSV"
+        raise ConfigError(problem(str(file), "pyarrow to read it", "not installed", remedy)) from error
+    except (OSError, ValueError, StopIteration, csv.Error) as error:
         raise ConfigError(problem(str(file), "a file with at least one row", error)) from error
 
 
 def _jsonl(file: Path) -> list[str]:
-    with file.open() as stream:
+    with file.open(encoding="utf-8-sig") as stream:
         row = json.loads(next(line for line in stream if line.strip()))
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__} where an object should be")
@@ -93,9 +97,7 @@ def _jsonl(file: Path) -> list[str]:
 
 
 def _csv(file: Path) -> list[str]:
-    import csv
-
-    with file.open(newline="") as stream:
+    with file.open(newline="", encoding="utf-8-sig") as stream:
         return next(csv.reader(stream))
 
 

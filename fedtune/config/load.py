@@ -26,7 +26,7 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Config:
         ConfigError: the file is missing, is not TOML, or any key or value is wrong; the message lists every fault.
     """
     try:
-        raw = tomllib.loads(path.read_text())
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}). `fedtune init {path}` writes one") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -69,6 +69,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
     section, dot, field = key.strip().partition(".")
     if not (equals and dot and field):
         raise ConfigError(f"--set {text}: expected section.key=value, such as rounds.count=5")
+    if "\n" in text:
+        raise ConfigError(f"--set {key.strip()}: expected one line, got {text!r}; write \\n inside double quotes")
     try:
         parsed = tomllib.loads(f"value = {value.strip()}")["value"]
     except tomllib.TOMLDecodeError:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +14,8 @@ from fedtune.hub import hub_answers, no_connection, offline, unreachable
 
 Row: TypeAlias = dict[str, Any]
 
+_CSV_LIMIT = threading.Lock()
+_MAX_FIELD = 2**31 - 1  # characters; what a C long holds everywhere
 _FORMATS = "JSONL (.jsonl), CSV (.csv) or Parquet (.parquet)"
 
 
@@ -105,6 +108,16 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
+    """Reads fields of any length; the module's limit is the process's, so one file is read at a time."""
+    with _CSV_LIMIT:
+        before = csv.field_size_limit(_MAX_FIELD)
+        try:
+            yield from list(_csv_rows(file))
+        finally:
+            csv.field_size_limit(before)
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[int, Row]]:
     reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
     try:
         for number, row in enumerate(reader, 1):

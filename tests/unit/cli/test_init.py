@@ -1,6 +1,7 @@
 """`fedtune init` writes a file that works, and does not overwrite one."""
 
 import json
+import sys
 
 import pytest
 
@@ -78,3 +79,24 @@ def test_data_that_cannot_be_read_is_explained(fedtune, tmp_path, name, content,
 def test_a_missing_data_file_and_two_sources(fedtune, tmp_path):
     assert fedtune("init", tmp_path / "c.toml", "--data", tmp_path / "none.csv").code == 2
     assert "both" in fedtune("init", tmp_path / "c.toml", "--demo", "--data", "x.csv").err
+
+
+@pytest.mark.parametrize(("name", "content"), [("r.jsonl", '{"text": "a", "n": 1}\n'), ("r.csv", "text,n\na,1\n")])
+def test_a_byte_order_mark_is_no_part_of_the_first_column(fedtune, tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    ended = fedtune("init", tmp_path / "c.toml", "--data", tmp_path / name)
+    assert ended.code == 0, ended.err
+    assert load(tmp_path / "c.toml").data.text == "text"
+
+
+def test_parquet_without_pyarrow_is_explained(fedtune, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    ended = fedtune("init", tmp_path / "c.toml", "--data", tmp_path / "rows.parquet")
+    assert ended.code == 2
+    assert "pip install pyarrow" in ended.err
+
+
+def test_damaged_csv_is_explained(fedtune, tmp_path):
+    (tmp_path / "rows.csv").write_text("x" * 200_000 + "\n")
+    assert fedtune("init", tmp_path / "c.toml", "--data", tmp_path / "rows.csv").code == 2

@@ -145,3 +145,19 @@ def test_an_ipv6_address_and_braces_in_a_template_are_fine(tmp_path: Path) -> No
     config = load(write(tmp_path, "[server]\naddress = '[::1]:0'\n[data]\ntemplate = '{{Q}} {prompt}'"))
     assert config.server.address == "[::1]:0"
     assert config.data.template.format(prompt="x") == "{Q} x"
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("[run]\nname = 'team'\n", encoding="utf-8-sig")
+    assert load(path).run.name == "team"
+
+
+@pytest.mark.parametrize("value", ["3\nother = 4", '"""a\nb"""', "bare\nword"])
+def test_an_override_is_one_line(value: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--set data\.name: expected one line"):
+        load(write(tmp_path, ""), (f"data.name={value}",))
+
+
+def test_an_override_may_hold_an_escaped_newline(tmp_path: Path) -> None:
+    assert load(write(tmp_path, ""), ('data.template="Q: {prompt}\\nA: "',)).data.template == "Q: {prompt}\nA: "

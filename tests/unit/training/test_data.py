@@ -10,7 +10,7 @@ from pyarrow import parquet
 from fedtune.config import parse
 from fedtune.errors import DataError, UnavailableError
 from fedtune.training.data import all_client_rows, client_rows, held_out_rows, read, with_columns
-from fedtune.training.rows import read_dataset
+from fedtune.training.rows import read_dataset, read_file
 
 _ROWS = [{"q": f"question {i}", "a": f"answer {i}", "kind": "ab"[i % 2]} for i in range(40)]
 
@@ -230,3 +230,10 @@ def test_columns_of_a_built_in_data_set_can_be_chosen():
     data = with_columns(parse({"data": {"name": "vader", "text": "text"}}).data)
     assert (data.text, data.prompt, data.label) == ("text", "", "label")
     assert with_columns(parse({"data": {"name": "vader", "client_key": "document"}}).data).client_key == "document"
+
+
+def test_a_csv_field_may_be_of_any_length(tmp_path):
+    before = csv.field_size_limit()
+    (tmp_path / "rows.csv").write_text("text,n\n" + "x" * 300_000 + ",1\nb,2\n")
+    assert [len(row["text"]) for _, row in read_file(tmp_path / "rows.csv")] == [300_000, 1]
+    assert csv.field_size_limit() == before
