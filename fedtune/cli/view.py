@@ -40,6 +40,7 @@ class RunView:
     closed: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    waiting: str = ""
     clients: dict[str, ClientView] = field(default_factory=dict)
     held_out: dict[int, float] = field(default_factory=dict)
     train_loss: dict[int, float] = field(default_factory=dict)
@@ -86,7 +87,7 @@ class RunView:
 
     def render(self) -> RenderableType:
         """Draws the moving table."""
-        return Group(self._head(), self._table(), self._history())
+        return Group(self._head(), Text(self.waiting), self._table(), self._history())
 
     def _take(self, event: Event) -> str:
         """Applies an event; returns a line about it, or nothing."""
@@ -99,7 +100,7 @@ class RunView:
                 self.clients.setdefault(client, ClientView()).state = "gone"
                 return "" if self.closed == self.rounds else f"{client}: gone"
             case "round_started":
-                self.round = number
+                self.round, self.waiting = number, ""
                 again = f", attempt {event['attempt']}" if event.get("attempt", 1) > 1 else ""
                 return f"round {number}/{self.rounds}: {len(event.get('selected', []))} clients{again}"
             case "task_pushed":
@@ -112,6 +113,9 @@ class RunView:
                 return f"{client}: update refused: {event.get('reason')}"
             case "round_closed":
                 return self._close(number, event)
+            case "waiting":
+                self.waiting = f"waiting for {event.get('clients')} clients, {event.get('ready')} are ready"
+                return self.waiting
             case "round_failed":
                 return f"round {number}: failed"
             case "storage_failed":

@@ -107,6 +107,8 @@ def _apply(record: RunRecord, event: Event) -> None:
         record.refused += 1
     elif kind == "run_finished":
         record.outcome = str(event.get("outcome", ""))
+    elif kind == "round_started" or (kind == "ready" and record.outcome == "failed"):
+        record.outcome = ""  # the run goes on; one that was completed stays so, though its coordinator starts again
 
 
 def _round(path: Path) -> RoundRecord:

@@ -59,7 +59,8 @@ class Control:
         before = self._engine.roster.enter(session)
         if before is not None:
             before.end(ReplacedError(f"Another program joined as {session.id}; each client needs an id of its own"))
-        self._run.events.emit("client_joined", client=session.id, rank=session.member.rank, software=_shown(hello))
+        rank, alpha = session.member.rank, session.member.alpha
+        self._run.events.emit("client_joined", client=session.id, rank=rank, alpha=alpha, software=_shown(hello))
         try:
             session.push(pb.ServerMessage(welcome=self._welcome(session.member)))
             if self._run.outcome:

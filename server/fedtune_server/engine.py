@@ -6,6 +6,7 @@ one starts. After kill -9 the same object is built again from the log and goes o
 """
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -28,6 +29,8 @@ from fedtune_server.run import COMPLETED, FAILED, Run
 
 T = TypeVar("T")
 TICK_S = 0.5
+WAITING_S = 10.0
+"""Seconds without enough clients after which the log says so."""
 RETURN_S = 5.0
 """Seconds that a client whose connection broke (or who has yet to find a restarted coordinator) counts as here."""
 
@@ -41,6 +44,7 @@ class Engine:
         self._clock = clock
         self._changed = asyncio.Event()
         self._began = clock()
+        self._waits_since: float | None = None
         self._rounds = run.config.rounds
         self.roster = Roster(self._changed.set, clock)
         self._returning: tuple[str, ...] = ()
@@ -116,7 +120,19 @@ class Engine:
         """Enough clients are ready, and those of the round before have had time to find a restarted coordinator."""
         ready = self.roster.ready()
         back = set(self._returning) <= set(ready) or self._clock() - self._began >= self.return_s
-        return len(ready) >= rules.needed(self._rounds) and back
+        enough = len(ready) >= rules.needed(self._rounds) and back
+        self._note_waiting(len(ready), enough)
+        return enough
+
+    def _note_waiting(self, ready: int, enough: bool) -> None:
+        """Says once, after a while, that a round waits for clients."""
+        if enough:
+            self._waits_since = None
+        elif self._waits_since is None:
+            self._waits_since = self._clock()
+        elif self._clock() - self._waits_since >= WAITING_S:
+            self._waits_since = math.inf  # it has been said
+            self.run.events.emit("waiting", round=self.round_number, clients=rules.needed(self._rounds), ready=ready)
 
     async def _start(self) -> float:
         ready, number = self.roster.ready(), self.run.version.number + 1
@@ -150,6 +166,7 @@ class Engine:
         text = problem(f"round {work.number}", want, f"{view.accepted} in each of {view.attempt} attempts", remedy)
         self.run.events.emit("round_failed", round=work.number, attempt=view.attempt, accepted=view.accepted)
         await self.insist(lambda: asyncio.to_thread(self.run.set_meta, outcome=FAILED))
+        self.run.events.emit("run_finished", outcome=FAILED, digest=self.run.version.digest, rounds=work.number - 1)
         raise RoundError(text)
 
     async def offer(self, session: Session) -> None:

@@ -11,6 +11,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedtune.errors import ConfigError, RoundError
+from fedtune.report import collect
+from fedtune.report.events import read_events
 from fedtune.wire import SERVICE
 from fedtune.wire.v1 import coordinator_pb2 as pb
 
@@ -92,6 +94,25 @@ def test_run_fails_when_every_attempt_is_spent(start, connect, tools):
     assert "rounds.deadline_s" in finished.message
     with pytest.raises(RoundError, match=r"round 1: expected 1 updates within 0\.3 s, got 0 in each of 2 attempts"):
         served.join()
+    assert collect(served.config.run.folder).outcome == "failed"
+
+
+def test_waiting_for_clients_is_said_once(start, connect, tools, toy_folder, monkeypatch):
+    monkeypatch.setattr("fedtune_server.engine.WAITING_S", 0.3)
+    served = start(rounds={"min_clients": 2})
+    client = tools.client(toy_folder, "a", lambda: served.address, rank=4).start()
+    time.sleep(2.5)
+    other = tools.client(toy_folder, "b", lambda: served.address).start()
+    served.join()
+    client.join()
+    other.join()
+    folder = served.config.run.folder
+    said = [event for event in read_events(folder / "events.jsonl") if event["event"] == "waiting"]
+    assert [(event["round"], event["clients"], event["ready"]) for event in said] == [(1, 2, 1)]
+    members = collect(folder).clients
+    assert all(member.alpha > 0 for member in members.values())
+    assert members["a"].rank == 4
+    assert collect(folder).outcome == "completed"
 
 
 def test_failed_run_exits_7_and_may_be_started_again(spawn, connect, tools, toy_folder, start, tmp_path):
@@ -101,9 +122,12 @@ def test_failed_run_exits_7_and_may_be_started_again(spawn, connect, tools, toy_
     talk.enter(_base(toy_folder))
     assert process.wait() == 7
     assert "round 1" in (tmp_path / "run.log").read_text()
+    assert collect(tmp_path / "run").outcome == "failed"
     served = start(rounds={**rounds, "deadline_s": 30.0})
+    assert collect(tmp_path / "run").outcome == ""
     client = tools.client(toy_folder, "b", lambda: served.address).start()
     served.join()
+    assert collect(tmp_path / "run").outcome == "completed"
     assert client.join().replies == [1]
 
 

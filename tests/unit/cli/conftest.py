@@ -39,7 +39,7 @@ def run_folder(tmp_path):
     folder = tmp_path / "runs" / "team"
     events = [
         {"event": "ready", "address": "127.0.0.1:1"},
-        {"event": "client_joined", "client": "ann", "rank": 8},
+        {"event": "client_joined", "client": "ann", "rank": 8, "alpha": 16.0},
         {"event": "client_joined", "client": "bob", "rank": 4},
         {"event": "client_ready", "client": "ann", "examples": 30},
         {"event": "client_ready", "client": "bob", "examples": 10},

@@ -194,3 +194,21 @@ def alive(pid):
         return False
     with open(f"/proc/{pid}/stat") as stream:  # noqa: PTH123  # /proc goes away while it is read
         return stream.read().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_it_is_shown_what_a_round_waits_for(stage):
+    body = "say('ready'); say('waiting', round=1, clients=4, ready=2); " + WELL
+    made = stage(body)
+    made.supervisor.run()
+    assert "waiting for 4 clients, 2 are ready" in made.said()
+
+
+def test_the_moving_table_says_so_until_the_round_starts():
+    view = RunView(1, Console(width=100))
+    drawn = []
+    for event in ({"event": "waiting", "clients": 4, "ready": 2}, {"event": "round_started", "round": 1}):
+        view.tell(event)
+        with view.console.capture() as capture:
+            view.console.print(view.render())
+        drawn.append("waiting for 4 clients, 2 are ready" in capture.get())
+    assert drawn == [True, False]

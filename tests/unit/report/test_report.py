@@ -103,3 +103,31 @@ def test_the_picture(folder, evaluated, closed):
     width, height = struct.unpack(">II", head[16:24])
     assert width > 1000
     assert height > 300
+
+
+def outcome(folder, *events):
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return collect(folder).outcome
+
+
+FAILED = {"event": "run_finished", "outcome": "failed"}
+COMPLETED = {"event": "run_finished", "outcome": "completed"}
+READY = {"event": "ready"}
+
+
+def test_a_run_that_goes_on_has_no_outcome_yet(tmp_path):
+    started = {"event": "round_started", "round": 1}
+    assert outcome(tmp_path, READY, started, FAILED) == "failed"
+    assert outcome(tmp_path, READY, started, FAILED, READY) == ""
+    assert outcome(tmp_path, READY, started, FAILED, READY, started, COMPLETED) == "completed"
+    assert outcome(tmp_path, READY, started, COMPLETED, READY, started) == ""
+
+
+def test_a_completed_run_whose_coordinator_comes_back_is_completed(tmp_path):
+    assert outcome(tmp_path, READY, COMPLETED, READY) == "completed"
+
+
+def test_rank_and_alpha_of_a_client_are_those_it_joined_with(tmp_path):
+    outcome(tmp_path, {"event": "client_joined", "client": "a", "rank": 4, "alpha": 8.0})
+    client = collect(tmp_path).clients["a"]
+    assert (client.rank, client.alpha) == (4, 8.0)
