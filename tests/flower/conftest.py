@@ -322,7 +322,7 @@ def simulated():
 
     def play(settings: dict[str, object], nodes: int) -> list[str]:
         config = read_config({**settings, "simulation.clients": nodes})
-        own = [member_config(config, i, "").client for i in range(nodes)]
+        own = [member_config(config, i, "127.0.0.1:1").client for i in range(nodes)]
         members = [Member(c.id, c.rank, c.alpha) for c in own]
         shared = Shared.of(config)
 
