@@ -31,7 +31,8 @@ it, and `--set section.key=value` changes one setting for one command. The file 
 is loaded; all faults are reported together.
 
 `[method]`, `[training]`, `[model]` and `run.seed` are shared: the coordinator sends them to its clients, whose own are
-not looked at. Everything else concerns one machine. A run folder belongs to one set of shared settings.
+not looked at, but for a `model.name` that is a folder: there a client finds its copy of the model. Everything else
+concerns one machine. A run folder belongs to one set of shared settings.
 
 This page is made from the schema: `python -m fedtune.config.template > docs/configuration.md`.
 """
