@@ -23,7 +23,7 @@ _Base = Annotated[Path | None, typer.Option(help="For a full fine-tune: folder o
 def compress(
     source: _Source,
     target: _Target,
-    density: Annotated[float, typer.Option(help="Share of the values that is kept, 0 to 1.")] = 0.2,
+    density: Annotated[float, typer.Option(help="Share of the values that is kept, 0 to 1.")] = 0.1,
     alpha: Annotated[float, typer.Option(help="The scale is multiplied with this.")] = 1.0,
     scale: Annotated[str, typer.Option(help="`least-squares`, or `std` as in the ComPEFT paper.")] = "least-squares",
     per: Annotated[str, typer.Option(help="Threshold and scale for the whole `vector` or each `tensor`.")] = "vector",
