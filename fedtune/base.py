@@ -18,17 +18,9 @@ from safetensors import SafetensorError, safe_open
 
 from fedtune.errors import ModelError, problem
 from fedtune.method import BaseModel
+from fedtune.stored import NAME_OF_CODE
 from fedtune.tensors import Manifest, TensorSpec, root_digest
 
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "U8": "uint8",
-}
 _CONV1D = ("gpt2", "openai-gpt")
 # Checkpoints whose names lack the prefix that the loaded model has.
 _PREFIX = {"gpt2": "transformer."}
@@ -111,13 +103,13 @@ def _entries(file: Path) -> list[_Entry]:
         header.pop("__metadata__", None)
         return [_entry(file, 8 + length, name, item) for name, item in header.items()]
     except KeyError as error:
-        raise ModelError(problem(str(file), f"tensors of {', '.join(_DTYPES)}", error)) from error
+        raise ModelError(problem(str(file), f"tensors of {', '.join(NAME_OF_CODE)}", error)) from error
     except (OSError, SafetensorError) as error:
         raise ModelError(problem(str(file), "a safetensors file", error)) from error
 
 
 def _entry(file: Path, data: int, name: str, item: dict[str, Any]) -> _Entry:
-    spec = TensorSpec(name, tuple(item["shape"]), _DTYPES[item["dtype"]])
+    spec = TensorSpec(name, tuple(item["shape"]), NAME_OF_CODE[item["dtype"]])
     start, end = item["data_offsets"]
     return _Entry(spec, file, data + start, data + end)
 

@@ -120,7 +120,7 @@ def preload() -> "OpenWorker":
     Weights need no loading here: each child maps them from the file, so that all share one copy of its pages.
     """
     import peft  # noqa: F401  # imported for the children's sake
-    import transformers  # noqa: F401
+    import transformers  # noqa: F401  # likewise
 
     from fedtune.training.worker import TorchWorker
 

@@ -98,7 +98,7 @@ def _sections(flat: Scalars) -> dict[str, Any]:
 def _belongs(field: str, method: str) -> bool:
     """Whether a key of `[method]` is this method's; an app lists the keys of every method."""
     others = {f.name for kind in METHODS.values() for f in fields(kind)}  # type: ignore[arg-type]  # all are dataclasses
-    own = {f.name for f in fields(METHODS[method])} if method in METHODS else others  # type: ignore[arg-type]
+    own = {f.name for f in fields(METHODS[method])} if method in METHODS else others  # type: ignore[arg-type]  # methods are dataclasses
     return field in own or field not in others
 
 

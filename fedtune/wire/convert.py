@@ -75,7 +75,7 @@ def _bounds(manifest: Manifest, max_bytes: int = MAX_BYTES) -> None:
 
 def _twice(names: list[str]) -> str:
     seen: set[str] = set()
-    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]  # None, which is what `or` wants
 
 
 def _dtype(spec: pb.TensorSpec) -> str:

@@ -9,20 +9,10 @@ from typing import Any
 import numpy as np
 
 from fedtune.errors import StorageError, problem
+from fedtune.stored import CODE_OF_NAME, NAME_OF_CODE
 from fedtune.tensors import DTYPES, Array, Tensors, as_bytes, dtype_name, leaf_digest, public_names, root_digest
 from fedtune_server.blobs import Blobs
 from fedtune_server.records import VersionRow
-
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "U8": "uint8",
-}
-_CODES = {name: code for code, name in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ def _safetensors(tensors: Mapping[str, Array]) -> Iterator[bytes | memoryview]:
     for name in order:
         array = tensors[name]
         span = [offset, offset + array.nbytes]
-        header[name] = {"dtype": _CODES[dtype_name(array)], "shape": array.shape, "data_offsets": span}
+        header[name] = {"dtype": CODE_OF_NAME[dtype_name(array)], "shape": array.shape, "data_offsets": span}
         offset += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -109,6 +99,6 @@ def _read(blobs: Blobs, digest: str) -> dict[str, Array]:
 
 def _array(data: memoryview, item: Mapping[str, Any]) -> Array:
     start, end = item["data_offsets"]
-    array = np.frombuffer(data[start:end], np.uint8).view(DTYPES[_DTYPES[item["dtype"]]]).reshape(item["shape"])
+    array = np.frombuffer(data[start:end], np.uint8).view(DTYPES[NAME_OF_CODE[item["dtype"]]]).reshape(item["shape"])
     array.flags.writeable = False
     return array

@@ -350,18 +350,7 @@ def over_grpc(tmp_path):
     def play(settings: dict[str, object], nodes: int) -> list[str]:
         folder = tmp_path / "grpc"
         flat = {**settings, "simulation.clients": nodes, "run.folder": str(folder), "rounds.min_clients": nodes}
-        toml = tmp_path / "grpc.toml"
-        toml.write_text("")
-        sets = [
-            f"{key}={json.dumps(value)}"
-            for key, value in flat.items()
-            if not isinstance(value, str) or value[:1] != "["
-        ]
-        lists = [f"{key}={value}" for key, value in flat.items() if isinstance(value, str) and value[:1] == "["]
-        command = [sys.executable, "-m", "fedtune_server", str(toml), "--set", "server.address=127.0.0.1:0"]
-        server = subprocess.Popen(
-            [*command, *(p for s in sets + lists for p in ("--set", s))], stderr=subprocess.DEVNULL
-        )
+        server = start_server(tmp_path / "grpc.toml", flat)
         try:
             until = time.monotonic() + 30
             while not (folder / "address").exists() and time.monotonic() < until:
@@ -380,3 +369,14 @@ def over_grpc(tmp_path):
         return [json.loads(p.read_text())["digest"] for p in sorted(folder.glob("rounds/*/round.json"))]
 
     return play
+
+
+def start_server(toml: Path, flat: dict[str, object]) -> "subprocess.Popen[bytes]":
+    """Starts fedtune's own coordinator with the settings of a Flower run; lists are TOML in a string already."""
+    toml.write_text("")
+    sets = ["server.address=127.0.0.1:0"]
+    for key, value in flat.items():
+        listed = isinstance(value, str) and value[:1] == "["
+        sets.append(f"{key}={value if listed else json.dumps(value)}")
+    command = [sys.executable, "-m", "fedtune_server", str(toml)]
+    return subprocess.Popen([*command, *(part for s in sets for part in ("--set", s))], stderr=subprocess.DEVNULL)
