@@ -87,7 +87,8 @@ class RunView:
 
     def render(self) -> RenderableType:
         """Draws the moving table."""
-        return Group(self._head(), Text(self.waiting), self._table(), self._history())
+        waiting = [Text(self.waiting)] if self.waiting else []
+        return Group(self._head(), *waiting, self._table(), self._history())
 
     def _take(self, event: Event) -> str:
         """Applies an event; returns a line about it, or nothing."""

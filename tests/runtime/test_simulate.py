@@ -85,6 +85,7 @@ def test_a_run_leaves_what_the_documentation_says(undisturbed):
     assert found["outcome"] == "completed"
     assert [r["round"] for r in found["rounds"]] == [1, 2, 3]
     assert [c["rank"] for c in found["clients"]] == [8, 4, 2]
+    assert all(c["alpha"] > 0 for c in found["clients"])
     assert all(r["held_out"] for r in found["rounds"])
     with (folder / "ledger.csv").open() as stream:
         rows = [line.strip().split(",") for line in stream][1:]
@@ -120,6 +121,18 @@ def test_other_settings_in_the_same_folder_are_refused_and_change_nothing(undist
     assert "training.steps: expected 3, got 4" in done.stderr
     assert "Traceback" not in done.stderr
     assert report(folder / "whole") == before
+
+
+def test_other_clients_or_centralised_training_in_the_same_folder_are_refused_and_change_nothing(undisturbed):
+    folder = undisturbed[0]
+    before = {path: path.read_bytes() for path in (folder / "whole").glob("*.json")}
+    other = command(folder, "whole", "--set", "simulation.clients=4")
+    train = ["train" if word == "simulate" else word for word in command(folder, "whole")]
+    for words, said in ((other, "simulation.clients: expected 3, got 4"), (train, "--set run.folder=")):
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2, done.stderr
+        assert said in done.stderr
+    assert {path: path.read_bytes() for path in (folder / "whole").glob("*.json")} == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the coordinator in /proc")
