@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from fedtune.base import open_base
 from fedtune.cli.main import app
 from fedtune.errors import ConfigError, FedtuneError, ModelError
-from fedtune.lora import load_peft, save_peft
+from fedtune.lora import find_layers, load_peft, save_peft
 
 
 @pytest.fixture
@@ -67,3 +68,22 @@ def test_adapters_that_scale_differently_are_not_merged(adapters):
     save_peft(adapters / "c", load_peft(adapters / "a"), rank=4, alpha=4, base_model="tiny")
     with pytest.raises(ModelError, match="lora_alpha"):
         fedtune("merge", adapters / "a", adapters / "c", "--out", adapters / "m")
+
+
+def test_a_sweep_scores_densities_and_takes_the_smallest_that_loses_little(tmp_path):
+    models = pytest.importorskip("fedtune.training.models")
+    base = open_base(models.resolve_model("tiny"))
+    rng = np.random.Generator(np.random.Philox(2))
+    factors = {}
+    for layer in find_layers(base.weights, ["q_proj"]):
+        factors[f"{layer.name}/A"] = rng.normal(size=(4, layer.inputs)).astype(np.float32)
+        factors[f"{layer.name}/B"] = rng.normal(0, 0.01, (layer.outputs, 4)).astype(np.float32)
+    save_peft(tmp_path / "a", factors, rank=4, alpha=8, base_model="tiny")
+    config = tmp_path / "c.toml"
+    config.write_text('[model]\nname = "tiny"\n[data]\nname = "topics"\nheld_out_rows = 4\n')
+    said = fedtune("compress", tmp_path / "a", tmp_path / "small", "--sweep", config, "--within", 10)
+    assert "as it is" in said
+    assert "(density 0.05, alpha" in said
+    with pytest.raises(ConfigError, match="--within"):
+        fedtune("compress", tmp_path / "a", tmp_path / "none", "--sweep", config, "--within", -10)
+    assert not (tmp_path / "none").exists()
