@@ -244,7 +244,11 @@ class Deployment:
         for program in (*self.nodes, self.superlink):
             program.terminate()
         for program in (*self.nodes, self.superlink):
-            program.wait(20)
+            try:
+                program.wait(60)
+            except subprocess.TimeoutExpired:
+                program.kill()
+                program.wait()
 
 
 def deploy(world: Flower, app: Path, name: str, pki: Path | None = None) -> Deployment:
