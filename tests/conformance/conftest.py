@@ -131,7 +131,7 @@ def simulated() -> Callable[[Config], Result]:
 
     def play(config: Config) -> Result:
         ids = member_ids(config)
-        own = [member_config(config, i, "").client for i in range(len(ids))]
+        own = [member_config(config, i, "127.0.0.1:1").client for i in range(len(ids))]
         members = [Member(c.id, c.rank, c.alpha) for c in own]
         base, shared = open_base(Path(config.model.name)), Shared.of(config)
 

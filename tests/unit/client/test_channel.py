@@ -9,21 +9,17 @@ from fedtune.config.schema import ClientConfig
 from fedtune.errors import ConfigError
 
 
-@pytest.mark.parametrize(
-    "address", ["127.0.0.1:1", "127.9.9.9:1", "localhost:1", "[::1]:1", "unix:/tmp/s", "ipv4:127.0.0.1:1"]
-)
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.9.9.9:1", "localhost:1", "[::1]:1", "ipv4:127.0.0.1:1"])
 def test_this_machine_needs_no_tls(address):
     assert is_loopback(address)
     open_channel(ClientConfig(address=address)).close()
 
 
-@pytest.mark.parametrize(
-    "address", ["10.0.0.1:1", "example.org:1", "localhost.example.org:1", "[::2]:1", "0.0.0.0:1", ":1", ""]
-)
+@pytest.mark.parametrize("address", ["10.0.0.1:1", "example.org:1", "localhost.example.org:1", "[::2]:1", "0.0.0.0:1"])
 def test_another_machine_needs_tls(address):
     with pytest.raises(ConfigError, match=r"client\.ca"):
         open_channel(ClientConfig(address=address))
-    open_channel(ClientConfig(address=address or ":1", insecure=True)).close()
+    open_channel(ClientConfig(address=address, insecure=True)).close()
 
 
 def test_a_missing_pem_file_is_named(tmp_path):

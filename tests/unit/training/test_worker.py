@@ -40,12 +40,12 @@ def _federate(config: Config, rounds: int) -> Result:
     base = open_base(locate_model(config.model.name))
     members = []
     for index, name in enumerate(member_ids(config)):
-        client = member_config(config, index, "").client
+        client = member_config(config, index, "127.0.0.1:1").client
         members.append(Member(name, client.rank, client.alpha))
 
     def open_worker(member: Member) -> TorchWorker:
         index = member_ids(config).index(member.id)
-        return TorchWorker.open(member_config(config, index, ""), Shared.of(config), index)
+        return TorchWorker.open(member_config(config, index, "127.0.0.1:1"), Shared.of(config), index)
 
     return simulate(config.method, base, members, open_worker, rounds, config.run.seed)
 
