@@ -38,7 +38,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Row:
-    """What an arm gave: held-out figures of base and final adapter, loss after each round, bytes, seconds."""
+    """What an arm gave: figures of base and final adapter on many rows, loss on few (base first), bytes, seconds."""
 
     title: str
     base: dict[str, float]
@@ -110,7 +110,8 @@ def row(arm: Arm, report: dict[str, Any], final: dict[str, dict[str, float]]) ->
     """Takes from a report, and from the last measurement, what the table shows."""
     base, figures = final["base"], final[arm.name]
     if arm.command[0] == "train":
-        return Row(arm.title, base, figures, [], 0, 0, report["training"]["seconds"])
+        path = [report["held_out"][when]["loss"] for when in ("base", "final")]
+        return Row(arm.title, base, figures, path, 0, 0, report["training"]["seconds"])
     rounds = report["rounds"]
     path = [report["held_out"]["base"]["loss"], *(r["held_out"]["loss"] for r in rounds)]
     up, down = (sum(r[key] for r in rounds) for key in ("bytes_up", "bytes_down"))
@@ -120,7 +121,8 @@ def row(arm: Arm, report: dict[str, Any], final: dict[str, dict[str, float]]) ->
 def alone(rows: list[Row]) -> Row:
     """The mean over clients that train alone."""
     figures = {key: fmean(r.figures[key] for r in rows) for key in ("loss", "accuracy")}
-    return Row(f"alone, mean of {len(rows)}", rows[0].base, figures, [], 0, 0, sum(r.seconds for r in rows))
+    path = [fmean(losses) for losses in zip(*(r.path for r in rows), strict=True)]
+    return Row(f"alone, mean of {len(rows)}", rows[0].base, figures, path, 0, 0, sum(r.seconds for r in rows))
 
 
 def table(rows: list[Row]) -> str:
@@ -143,12 +145,12 @@ def plot(rows: list[Row], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for r in rows:
-        if r.path:
+        if r.up:
             axes.plot(range(1, len(r.path)), r.path[1:], marker="o", markersize=4, label=r.title)
-    for style, r in zip((":", "--", "-."), (r for r in rows if not r.path), strict=False):
-        axes.axhline(r.figures["loss"], color="#666c74", linestyle=style, linewidth=1.2, label=r.title)
+    for style, r in zip((":", "--", "-."), (r for r in rows if not r.up), strict=False):
+        axes.axhline(r.path[-1], color="#666c74", linestyle=style, linewidth=1.2, label=r.title)
     axes.set(xlabel="round", ylabel="held-out loss, nats per answer token", ylim=(0, None))
-    axes.set_title(f"base model: {rows[0].base['loss']:.2f}, beyond the scale", fontsize=10, loc="left")
+    axes.set_title(f"base model: {rows[0].path[0]:.2f}, beyond the scale", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=9)
