@@ -32,6 +32,7 @@ from fedtune.errors import WireError, problem
 from fedtune.method import BaseModel, ClientJob, Member, Method, ZeroOrder
 from fedtune.tensors import PRIVATE, Array, Manifest, Tensors, TensorSpec
 
+FILE = "fedkseed.safetensors"
 LIMIT = 2.0**16  # of a scalar; in 2**-32 a client's sum over 2**13 steps stays below 2**61
 HISTORY_CLIP = 1000.0
 _TOTAL, _SIZES, _COUNTS = PRIVATE + "total", PRIVATE + "sizes", PRIVATE + "counts"
@@ -118,7 +119,7 @@ class FedKSeed(Method):
         for name in ("pool", "levels"):
             if name in received:
                 job.memory[name] = received[name]
-        digest = job.replay(self._pool(job), _unpacked(received["coefficients"]), int(received["exponent"][0]))
+        digest = job.replay(self._pool(job), unpacked(received["coefficients"]), int(received["exponent"][0]))
         job.memory["model"] = np.frombuffer(digest, np.uint8)
 
     def client_update(self, job: ClientJob, expected: Manifest) -> Tensors:
@@ -149,11 +150,9 @@ class FedKSeed(Method):
         return update
 
     def export(self, state: Tensors, folder: Path, base_model: str) -> None:
-        """Writes the whole model change as coefficients of the pool (`fedtune.training.zo.materialise` applies it)."""
+        """Writes the coefficients, which are the whole change; `fedtune.training.zo.SeedModel.load` applies them."""
         kept = {n: np.ascontiguousarray(state[n]) for n in ("pool", "coefficients", "exponent")}
-        save_file(
-            kept, folder / "fedkseed.safetensors", {"base": base_model, "pool": self.pool, "seeds": str(self.seeds)}
-        )
+        save_file(kept, folder / FILE, {"base": base_model, "pool": self.pool, "seeds": str(self.seeds)})
 
     def _pool(self, job: ClientJob) -> Pool:
         return Pool(self.pool, int(job.memory["pool"][0]), self.seeds)
@@ -175,6 +174,12 @@ def probabilities(levels: Array) -> npt.NDArray[np.float64]:
     return chances
 
 
+def unpacked(packed: Array) -> npt.NDArray[np.int32]:
+    """Reads 24-bit integers, low byte first (K, 3)."""
+    wide = np.concatenate([np.zeros((len(packed), 1), np.uint8), packed], axis=1)
+    return wide.view("<i4")[:, 0] >> np.int32(8)
+
+
 def _levels(sizes: Longs, counts: Longs) -> Longs:
     """Mean |g| of each seed, from the least (0) to the largest (255). A history begins with a zero."""
     a = sizes * 2.0**-20 / (counts + 1)
@@ -185,9 +190,3 @@ def _levels(sizes: Longs, counts: Longs) -> Longs:
 def _joined(one: _Sum, other: _Sum) -> _Sum:
     scalars, sizes = one.scalars + other.scalars, one.sizes + other.sizes
     return _Sum(one.weight + other.weight, scalars, sizes, one.counts + other.counts)
-
-
-def _unpacked(packed: Array) -> npt.NDArray[np.int32]:
-    """Reads 24-bit integers, low byte first (K, 3)."""
-    wide = np.concatenate([np.zeros((len(packed), 1), np.uint8), packed], axis=1)
-    return wide.view("<i4")[:, 0] >> np.int32(8)

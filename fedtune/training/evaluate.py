@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fedtune.config import Config
 from fedtune.config.schema import DataConfig, TrainingConfig
 from fedtune.lora import load_peft
+from fedtune.methods.fedkseed import FILE
 from fedtune.tensors import Tensors
 from fedtune.training.data import held_out_rows, with_columns
 from fedtune.training.encoding import Encoded, Row, encode_rows, fork
@@ -21,6 +22,7 @@ from fedtune.training.merging import MergedBase
 from fedtune.training.models import choose_device, load_model, resolve_model
 from fedtune.training.packing import Plan
 from fedtune.training.scoring import Scorer
+from fedtune.training.zo import SeedModel
 
 MAX_CHOICES = 16
 
@@ -109,8 +111,19 @@ class Evaluator:
         return self.factors({})
 
     def adapter(self, folder: Path) -> dict[str, float]:
-        """Measures the base with a PEFT directory; raises ModelError when it does not fit."""
+        """Measures the base with a PEFT directory or a FedKSeed export; raises ModelError when it does not fit."""
+        if (folder / FILE).exists():
+            return self.seeds(folder)
         return self.factors(load_peft(folder))
+
+    def seeds(self, folder: Path) -> dict[str, float]:
+        """Measures the model that a FedKSeed run tuned; the base is put back afterwards."""
+        model = SeedModel(self.scorer.model)
+        try:
+            model.load(folder)
+            return evaluate(self.scorer, self.exam, self.config)
+        finally:
+            model.reset()
 
     def factors(self, factors: Tensors) -> dict[str, float]:
         """Measures the base with B A of `factors` (`layer/A`, `layer/B`) added; the base is put back afterwards."""

@@ -6,17 +6,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fedtune.directions import Coefficients, Pool, layout
-from fedtune.errors import TrainingError, problem
+from fedtune.errors import ModelError, TrainingError, problem
 from fedtune.method import ZeroOrder
+from fedtune.methods.fedkseed import FILE, unpacked
 from fedtune.tensors import Array, leaf_digest, root_digest
 from fedtune.training.adapt import Bench
 from fedtune.training.loop import autocast
@@ -42,6 +45,16 @@ class SeedModel:
             backend(base).replay(pool, coefficients, exponent, flat(base), self._first[name], flat(out))
             weight.data = out
         return self.digest()
+
+    def load(self, folder: Path) -> None:
+        """Rebuilds the model that `FedKSeed.export` wrote to `folder`; raises ModelError when there is none."""
+        try:
+            with safe_open(folder / FILE, framework="numpy") as file:
+                about, stored = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            pool = Pool(about["pool"], int(stored["pool"][0]), int(about["seeds"]))
+            self.replay(pool, unpacked(stored["coefficients"]), int(stored["exponent"][0]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise ModelError(problem(str(folder / FILE), "the coefficients of a FedKSeed run", error)) from error
 
     def digest(self) -> bytes:
         """SHA-256 of all weights: their names, shapes, dtypes and values (32 bytes)."""

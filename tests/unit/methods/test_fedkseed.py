@@ -14,7 +14,7 @@ from fedtune.directions import Pool, layout, reference
 from fedtune.errors import ConfigError, WireError
 from fedtune.method import Member, ZeroOrder
 from fedtune.methods import FedKSeed
-from fedtune.methods.fedkseed import LIMIT, _levels, _unpacked, probabilities
+from fedtune.methods.fedkseed import LIMIT, _levels, probabilities, unpacked
 from fedtune.rounds import Replica, Round, work
 from fedtune.tensors import PRIVATE, Manifest, digest
 from fedtune.testing import ToyWorker
@@ -64,7 +64,7 @@ def test_coefficients_are_minus_lr_times_the_sums(base):
     state = method.init(base, 1)
     for _ in range(5):
         state = _close(method, state, [(_update(method, rng.integers(0, 24, 6), rng.normal(size=6) * 50), 3)])
-        got = _unpacked(state["coefficients"]) * 2.0 ** -float(state["exponent"][0])
+        got = unpacked(state["coefficients"]) * 2.0 ** -float(state["exponent"][0])
         want = -method.learning_rate * _scalars(state)
         assert np.abs(got - want).max() <= 2.0 ** -float(state["exponent"][0]) / 2
         assert np.abs(got - want).max() < 2e-6 * np.abs(want).max()
@@ -74,7 +74,7 @@ def test_coefficients_are_minus_lr_times_the_sums(base):
 @given(st.lists(st.integers(-(2**23), 2**23 - 1), min_size=1))
 def test_24_bits_come_back(numbers):
     packed = np.array(numbers, "<i4").view(np.uint8).reshape(-1, 4)[:, :3]
-    assert _unpacked(packed).tolist() == numbers
+    assert unpacked(packed).tolist() == numbers
 
 
 def test_any_order_of_arrival_gives_the_same_bits(base):
@@ -121,7 +121,7 @@ def test_one_round_is_the_average_of_the_models_the_clients_stepped_to(base, bas
         replayed = np.empty_like(rebuilt)
         place = layout({n: a.size for n, a in start.items()})[name]
         reference.replay(
-            Pool(pool, 5, seeds), _unpacked(after["coefficients"]), int(after["exponent"][0]),
+            Pool(pool, 5, seeds), unpacked(after["coefficients"]), int(after["exponent"][0]),
             array.reshape(-1).astype(np.float64), place, replayed,
         )  # fmt: skip
         assert np.abs(replayed - average[name]).max() < 1e-6 * np.abs(average[name] - array.reshape(-1)).max()
@@ -209,7 +209,7 @@ def test_a_round_fits_in_18_kilobytes_each_way(base):
     for since in (-1, 0):
         sent = method.broadcast(after, since)
         assert len(b"".join(raw.encode(sent, Manifest.of(sent)))) <= 16_500
-    assert (_unpacked(after["coefficients"]) != 0).mean() > 0.9
+    assert (unpacked(after["coefficients"]) != 0).mean() > 0.9
 
 
 @pytest.mark.parametrize(
