@@ -125,7 +125,7 @@ def _start(command: list[str], home: Path, environment: dict[str, str], name: st
         return subprocess.Popen(command, cwd=home, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
 
-def _wait_for(url: str, patience_s: float = 60.0) -> None:
+def _wait_for(url: str, patience_s: float = 180.0) -> None:
     until = time.monotonic() + patience_s
     while time.monotonic() < until:
         with suppress(OSError), urllib.request.urlopen(url, timeout=2):
