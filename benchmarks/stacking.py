@@ -4,7 +4,7 @@ The peer's way is written from its description (FLoRA's published code, `fed_uti
 ATP-1010/FederatedLLM): for every client and every tensor the stack so far is concatenated with the new one, so C
 clients move O(C^2) bytes. Both get the same updates in memory. The limit is one copy of the stack's bytes.
 
-d = 2048, rank 16, 4 layers: 1.05 million parameters (4.2 MB in float32) a client.
+d = 2048, rank 16, 4 layers: 262 144 parameters (1.05 MB in float32) a client.
 """
 
 import os

@@ -11,9 +11,10 @@ The state is base + one stack per closed round, under names `000003/layer/A`: a 
 lacks and merges them into its base, in order.
 """
 
+from collections.abc import Sequence
 from math import inf
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -91,8 +92,8 @@ class FLoRA(Method):
         replies = [total[client] for client in sorted(total)]
         stack: dict[str, Array] = {}
         for layer in layers_of(replies[0][2]):
-            parts = [_scaled(u[key_a(layer)], n / weight * self._scale(m)) for m, n, u in replies]
-            stack[f"{name}/{key_a(layer)}"] = np.concatenate(parts, axis=0)
+            parts = [(u[key_a(layer)], n / weight * self._scale(m)) for m, n, u in replies]
+            stack[f"{name}/{key_a(layer)}"] = _stacked_scaled(parts)
             stack[f"{name}/{key_b(layer)}"] = np.concatenate([u[key_b(layer)] for _, _, u in replies], axis=1)
         return {**state, **stack}
 
@@ -148,6 +149,13 @@ def _round(number: int) -> str:
     return f"{number:06d}"
 
 
-def _scaled(a_ri: Array, factor: float) -> Any:
-    """p_k s_k A_k: the product in float64, rounded once."""
-    return (a_ri.astype(np.float64) * factor).astype(a_ri.dtype)
+def _stacked_scaled(parts: Sequence[tuple[Array, float]]) -> Array:
+    """p_k s_k A_k one below the other; each product is taken in float64 and rounded once."""
+    first = parts[0][0]
+    stack = np.empty((sum(a_ri.shape[0] for a_ri, _ in parts), first.shape[1]), first.dtype)
+    row = 0
+    for a_ri, factor in parts:
+        rows = stack[row : row + a_ri.shape[0]]
+        np.multiply(a_ri, factor, out=rows, dtype=np.float64, casting="same_kind")
+        row += a_ri.shape[0]
+    return stack

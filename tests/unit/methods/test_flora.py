@@ -132,6 +132,25 @@ def test_any_order_of_arrival_gives_the_same_bits(dtype):
     assert len({digest(_fold(method, state, list(order))) for order in permutations(replies)}) == 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_value_is_scaled_in_float64_and_rounded_once(dtype):
+    if not dtype.startswith(("float", "bfloat")):
+        pytest.skip("factors are floating point")
+    method = FLoRA(target_modules=("q_proj",))
+    state = method.init(_base([(640, 2)]), 0)
+    replies = [
+        (m, {name: array.astype(DTYPES[dtype]) for name, array in u.items()}, n)
+        for m, u, n in _replies(method, state, [(32, 3.0, 7), (7, 1.0, 9)], 6)
+    ]
+    after = _fold(method, state, replies)["000001/m.0.q_proj/A"]
+    parts = [
+        (u["m.0.q_proj/A"].astype(np.float64) * (n / 16 * m.alpha / m.rank)).astype(DTYPES[dtype])
+        for m, u, n in replies
+    ]
+    assert after.dtype == DTYPES[dtype]
+    assert after.tobytes() == np.concatenate(parts).tobytes()
+
+
 def test_stack_is_ordered_by_client_id():
     method = FLoRA(target_modules=("q_proj",), alpha=1.0)
     state = method.init(_base([(1, 1)]), 0)
