@@ -50,7 +50,8 @@ class SeedModel:
         """Rebuilds the model that `FedKSeed.export` wrote to `folder`; raises ModelError when there is none."""
         try:
             with safe_open(folder / FILE, framework="numpy") as file:
-                about, stored = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                about = file.metadata()
+                stored = {name: file.get_tensor(name) for name in ("pool", "coefficients", "exponent")}
             pool = Pool(about["pool"], int(stored["pool"][0]), int(about["seeds"]))
             self.replay(pool, unpacked(stored["coefficients"]), int(stored["exponent"][0]))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:

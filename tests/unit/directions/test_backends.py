@@ -45,13 +45,12 @@ def _bytes(tensor):
 
 
 @settings(max_examples=40, deadline=None)
-@given(POOLS, DTYPES, LENGTHS, PLACES, st.integers(0, 60), st.integers(0, 2**32), st.sampled_from([1, 2, 3]))
+@given(POOLS, DTYPES, LENGTHS, PLACES, st.integers(17, 60), st.integers(0, 2**32), st.sampled_from([1, 2, 3]))
 def test_replay(pool, dtype, count, first, exponent, seed, threads):
     base, c = _weights(seed, count, dtype), _coefficients(seed, pool)
     want, got = np.empty_like(base), np.empty_like(base)
-    with np.errstate(over="ignore"):
-        reference.replay(pool, c, exponent, base, first, want)
-        cpu.replay(pool, c, exponent, base, first, got, threads)
+    reference.replay(pool, c, exponent, base, first, want)
+    cpu.replay(pool, c, exponent, base, first, got, threads)
     other = torch.empty_like(_tensor(base))
     portable.replay(pool, c, exponent, _tensor(base), first, other)
     assert got.tobytes() == want.tobytes()
