@@ -17,8 +17,8 @@ from fedtune.method import Member, Method
 T = TypeVar("T")
 Say = Callable[..., None]
 
-PULL_S = 0.2
-"""Seconds between looks for replies; Flower's own loop waits 3."""
+PULL_S = 0.5
+"""Most seconds between looks for replies; Flower's own loop waits 3. Each look is a request to the SuperLink."""
 HELLO_S = 120.0
 """Seconds a node may take to say who it is."""
 BYE_S = 20.0
@@ -86,11 +86,12 @@ class Roster:
         """Sends the same to several nodes, and yields what comes back in time."""
         messages = [Message(content(array), dst_node_id=i, message_type="query", ttl=wait_s) for i in ids]
         waiting = push(self.grid, [(message, message.metadata.dst_node_id) for message in messages])
-        until = time.monotonic() + wait_s
-        while waiting and time.monotonic() < until:
+        began = time.monotonic()
+        while waiting and time.monotonic() < began + wait_s:
             for reply in pull(self.grid, waiting):
                 yield waiting.pop(reply.metadata.reply_to_message_id), reply
-            time.sleep(PULL_S if waiting else 0)
+            if waiting:
+                pause(began)
 
     def _admit(self, number: int, reply: Message) -> None:
         try:
@@ -104,6 +105,11 @@ class Roster:
             return
         self._nodes[number] = Node(number, member, resident)
         self._say("client_joined", client=member.id, rank=member.rank, alpha=member.alpha)
+
+
+def pause(began: float) -> None:
+    """Waits before the next look for replies: a tenth of the time waited so far, from PULL_S / 10 up to PULL_S."""
+    time.sleep(min(PULL_S, max(PULL_S / 10, (time.monotonic() - began) / 10)))
 
 
 def push(grid: Grid, messages: Sequence[tuple[Message, T]]) -> dict[str, T]:

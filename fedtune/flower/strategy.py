@@ -21,7 +21,7 @@ from fedtune.flower.messages import content
 from fedtune.flower.orders import Orders, hello, welcome
 from fedtune.flower.record import RoundLog, RunFolder
 from fedtune.flower.replies import Lack, Update, read_update
-from fedtune.flower.roster import HELLO_S, PULL_S, Node, Roster, pull, push
+from fedtune.flower.roster import HELLO_S, Node, Roster, pause, pull, push
 from fedtune.method import BaseModel
 from fedtune.rounds import Round
 from fedtune.selection import asked, select
@@ -200,7 +200,7 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
                 raise self._failure(work)
             if move is not rules.Move.WAIT:
                 return move is rules.Move.CLOSE
-            time.sleep(PULL_S)
+            pause(work.began)
 
     def _decide(self, work: _Open, outstanding: int) -> rules.Move:
         """Applies the rules. In Flower a reply is final: when nobody can answer any more, nothing is awaited."""

@@ -90,8 +90,7 @@ class LoopGrid(Grid):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(roster, "PULL_S", 0.0)
-    monkeypatch.setattr("fedtune.flower.strategy.PULL_S", 0.005)
+    monkeypatch.setattr(roster, "PULL_S", 0.005)
     monkeypatch.setattr("fedtune.flower.client._stations", {})
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
