@@ -94,7 +94,7 @@ def test_ci_runs_the_readmes_two_commands() -> None:
 
 def test_every_exit_code_is_explained() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
-    for kind in FedtuneError.__subclasses__():
+    for kind in (kind for kind in FedtuneError.__subclasses__() if kind.__module__ == FedtuneError.__module__):
         assert f"| {kind.exit_code} | {kind.__name__} |" in page
         assert re.search(rf"\b{kind.exit_code} \w", _EPILOG), kind
 

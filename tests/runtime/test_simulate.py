@@ -27,7 +27,7 @@ batch_size = 4
 max_length = 96
 learning_rate = 5e-3
 [rounds]
-count = 3
+count = 12
 [simulation]
 clients = 3
 ranks = [8, 4, 2]
@@ -83,7 +83,7 @@ def test_a_run_leaves_what_the_documentation_says(undisturbed):
         assert (folder / name).stat().st_size > 0
     found = report(folder)
     assert found["outcome"] == "completed"
-    assert [r["round"] for r in found["rounds"]] == [1, 2, 3]
+    assert [r["round"] for r in found["rounds"]] == list(range(1, 13))
     assert [c["rank"] for c in found["clients"]] == [8, 4, 2]
     assert all(c["alpha"] > 0 for c in found["clients"])
     assert all(r["held_out"] for r in found["rounds"])
@@ -100,7 +100,7 @@ def test_the_model_learned(undisturbed):
 def test_the_summary_is_on_stdout_and_progress_on_stderr(undisturbed):
     done = undisturbed[1]
     assert "adapter:" in done.stdout
-    assert "round 3/3: closed" in done.stderr
+    assert "round 12/12: closed" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedtune.base import open_base
-from fedtune.errors import TrainingError
+from fedtune.errors import ProtocolError, TrainingError
 from fedtune.method import Member
 from fedtune.methods import METHODS
 from fedtune.simulation import simulate
@@ -31,8 +31,8 @@ def worker(train=step, examples=3):
     return OwnWorker(model, folder, examples, train, seed=5)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_it_runs_every_method_and_leaves_the_model_as_it_was(method):
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"fedkseed"}))
+def test_it_runs_every_method_that_sends_adapters_and_leaves_the_model_as_it_was(method):
     base = open_base(resolve_model("tiny"), "tiny")
     made = METHODS[method](rank=2)
     workers = {}
@@ -49,6 +49,12 @@ def test_it_runs_every_method_and_leaves_the_model_as_it_was(method):
     assert not any(
         weight.requires_grad and "lora" in name for name, weight in workers["a"].base.model.named_parameters()
     )
+
+
+def test_seed_methods_are_refused_with_the_reason():
+    base = open_base(resolve_model("tiny"), "tiny")
+    with pytest.raises(ProtocolError, match="adapters"):
+        simulate(METHODS["fedkseed"](), base, [Member("a")], lambda member: worker(), 1, 5)
 
 
 def test_a_function_that_trains_nothing_is_an_error():

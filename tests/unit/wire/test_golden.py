@@ -1,7 +1,8 @@
 """Wire version 1 as bytes: what was written once is read, and written again, to the same bytes by every later version.
 
 `golden/MESSAGE.hex` is an example of a message (of a oneof, one for each kind); `golden/fetch.frames` and
-`submit.frames` are whole calls, a line for each frame. Lines may be added. A line that changes means a new major version.
+`submit.frames` are whole calls, a line for each frame. Lines may be added.
+A line that changes means a new major version.
 """
 
 from pathlib import Path
