@@ -92,9 +92,12 @@ def _open(member: Member, base: BaseModel, open_worker: Callable[[Member], Worke
 def _play(current: Round, clients: Sequence[_Client]) -> RoundResult:
     """Plays one round to its end, client after client."""
     up = down = 0
+    sent: dict[int, bytes] = {}  # by the version a client starts from: those who lack the same receive the same bytes
     for client in clients:
         task = current.task(client.member, client.replica.version)
-        payload = b"".join(_turn(current.method, task, client))
+        if task.since not in sent:
+            sent[task.since] = b"".join(raw.encode(task.payload, task.broadcast))
+        payload = b"".join(_turn(current.method, task, sent[task.since], client))
         current.add(client.member, payload, client.worker.examples)
         up, down = up + len(payload), down + task.broadcast.nbytes
     state = current.close()
@@ -102,9 +105,8 @@ def _play(current: Round, clients: Sequence[_Client]) -> RoundResult:
     return RoundResult(current.number, state, digest(state), current.weight, metrics, up, down)
 
 
-def _turn(method: Method, task: Task, client: _Client) -> list[memoryview | bytes]:
+def _turn(method: Method, task: Task, sent: bytes, client: _Client) -> list[memoryview | bytes]:
     """One client's turn; what it receives passes through bytes, as it would on the wire."""
-    sent = b"".join(raw.encode(task.payload, task.broadcast))
     received = Task(task.round, task.since, task.version, task.broadcast, receive(sent, task.broadcast), task.update)
     job = client.worker.job(method, client.member, task.round)
     return list(work(method, received, job, client.replica))

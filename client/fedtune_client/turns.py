@@ -129,6 +129,7 @@ class Turns:
             self._log.event("update_found", f"round {task.round}: trained already, sending again", round=task.round)
         else:
             update = self._train(task, key)
+            release()
         self._submit(update)
         release()
 
