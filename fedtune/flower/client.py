@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Array, Context, Message
+from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtune.flower.messages import as_array, content, read_array, read_turn
@@ -15,6 +15,7 @@ from fedtune.flower.visit import BYE, Turn, ask, dismiss, worker_name
 if TYPE_CHECKING:
     from fedtune.flower.station import OpenWorker, Station
 
+_MEMORY = "fedtune.memory"
 _stations: "dict[tuple[int, int], Station]" = {}
 
 
@@ -43,8 +44,19 @@ def _reply(message: Message, context: Context, open_worker: "OpenWorker | None",
     if _is_resident(context):
         stype, body = _visit(array, turn, context, opener)
     else:
-        stype, body = _station(context, open_worker).answer(array.stype, turn, array.data)
+        stype, body = _play(array, turn, context, open_worker)
     return Message(content(as_array(stype, body)), reply_to=message)
+
+
+def _play(array: Array, turn: Turn, context: Context, open_worker: "OpenWorker | None") -> tuple[str, bytes]:
+    """Does the work in this process; what the method keeps between rounds travels in Flower's context."""
+    station = _station(context, open_worker)
+    state = context.state.array_records.get(_MEMORY)
+    station.kept = state[_MEMORY].data if state else b""
+    answer = station.answer(array.stype, turn, array.data)
+    if station.kept:
+        context.state[_MEMORY] = ArrayRecord({_MEMORY: as_array("fedtune.memory.v1", station.kept)})
+    return answer
 
 
 def _visit(array: Array, turn: Turn, context: Context, opener: list[str] | None) -> tuple[str, bytes]:

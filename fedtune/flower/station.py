@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from fedtune import __version__, wire
+from fedtune.codecs import raw
 from fedtune.config import Config, Shared
 from fedtune.errors import ModelError, ProtocolError, WireError, problem
 from fedtune.flower.packets import HELLO, LACK, RESIDENT, TASK, UPDATE, Packet, pack, unpack
@@ -18,7 +19,8 @@ from fedtune.flower.settings import Identity
 from fedtune.flower.visit import Turn
 from fedtune.method import Member
 from fedtune.rounds import Replica, Task, receive, work
-from fedtune.wire.convert import manifest_from_proto, parse
+from fedtune.tensors import Manifest, Tensors
+from fedtune.wire.convert import manifest_from_proto, manifest_to_proto, parse
 from fedtune.wire.frames import sha256
 from fedtune.wire.v1 import coordinator_pb2 as pb
 from fedtune.worker import OnStep, Worker
@@ -50,10 +52,13 @@ class Station:
 
     Attributes:
         resident: whether this station outlives the message; the coordinator then sends only what is new.
+        kept: of a station that does not, what the method keeps between rounds (`ClientJob.memory`), packed: whoever
+            calls `answer` puts it in before and takes it out afterwards.
     """
 
     def __init__(self, identity: Identity, open_worker: OpenWorker, *, resident: bool, on_step: OnStep | None = None):
         self.resident = resident
+        self.kept = b""
         self._identity, self._open, self._on_step = identity, open_worker, on_step
         self._worker: Worker | None = None
         self._settings = ""
@@ -133,6 +138,9 @@ class Station:
             self._forget()
         task = _received(order)
         job = worker.job(self._shared.method, order.member, task.round)
+        if not self.resident:
+            job.memory.clear()
+            job.memory.update(_unpacked(self.kept))
         self._replica.install(self._shared.method, task, job)
         if self._replica.digest != order.task.state_digest:
             got = self._replica.digest
@@ -142,9 +150,8 @@ class Station:
             raise WireError(problem("state digest", order.task.state_digest, got, "Compare the versions of fedtune"))
         self._trained = task.round
         update = list(work(self._shared.method, task, job, self._replica))
-        if job.memory and not self.resident:
-            remedy = "This method keeps something between rounds: set flower.resident to on"
-            raise ProtocolError(problem("client memory", "none in a node that is not resident", "some", remedy))
+        if not self.resident:
+            self.kept = _packed(job.memory)
         return self._update(order, worker, update)
 
     def _update(self, order: _Order, worker: Worker, update: Iterable[memoryview | bytes]) -> tuple[str, bytes]:
@@ -178,6 +185,19 @@ class Station:
         if self._worker is not None:
             self._worker.reset()
         self._replica = Replica()
+
+
+def _packed(memory: Tensors) -> bytes:
+    manifest = Manifest.of(memory)
+    return pack([manifest_to_proto(manifest).SerializeToString()], raw.encode(memory, manifest)) if memory else b""
+
+
+def _unpacked(kept: bytes) -> Tensors:
+    if not kept:
+        return {}
+    packet = unpack(kept)
+    found = receive(packet.payload, manifest_from_proto(parse(pb.Manifest, packet.headers[0])))
+    return {name: array.copy() for name, array in found.items()}
 
 
 def _order(packet: Packet, turn: Turn) -> _Order:

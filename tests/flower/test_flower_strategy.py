@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedtune[flower]'")
@@ -24,6 +25,7 @@ from fedtune.flower.record import RunFolder
 from fedtune.flower.settings import read_identity
 from fedtune.flower.station import Station
 from fedtune.flower.strategy import FedtuneStrategy
+from fedtune.methods import METHODS
 from fedtune.report.record import collect
 from fedtune.testing import open_toy, toy_base
 from fedtune.wire.v1 import coordinator_pb2 as pb
@@ -105,7 +107,7 @@ def made(tmp_path):
         sections = {
             "run": {"folder": str(tmp_path / "run"), "seed": 7},
             "model": {"name": str(model)},
-            "method": {"name": method, "rank": 2},
+            "method": {"name": method, **({"steps": 5} if method == "fedkseed" else {"rank": 2})},
             "rounds": {"count": 3, "grace_s": 0.0, "deadline_s": 0.5, "attempts": 2, **rounds},
             "simulation": {"clients": nodes},
         }
@@ -142,7 +144,7 @@ def fixed(header, payload):
     return payload
 
 
-@pytest.mark.parametrize("method", ["flora", "fedavg-lora"])
+@pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("resident", [True, False])
 def test_same_bits_as_the_plain_loop(made, simulated, method, resident):
     config, grid, strategy, flat = made(method=method, resident=resident)
@@ -390,3 +392,42 @@ def test_only_flowers_public_packages_are_imported():
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert all(n in public or n == "flwr.serverapp.strategy" for n in names if n.split(".")[0] == "flwr")
+
+
+def test_what_a_method_keeps_between_rounds_travels_in_flowers_context(made, monkeypatch):
+    """Each turn is played by a process that has never seen the node before."""
+    from fedtune.flower import client
+
+    _, grid, strategy, flat = made(nodes=1)
+    seen = []
+
+    class Remembering:
+        def __init__(self, worker):
+            self.worker = worker
+
+        def __getattr__(self, name):
+            return getattr(self.worker, name)
+
+        def job(self, method, member, number):
+            job = self.worker.job(method, member, number)
+            inner = job.train_fresh
+
+            def train(spec):
+                seen.append(float(job.memory["count"][0]) if "count" in job.memory else 0.0)
+                job.memory["count"] = np.array([seen[-1] + 1], np.float32)
+                return inner(spec)
+
+            job.train_fresh = train
+            return job
+
+    monkeypatch.setattr(client, "_place", lambda _: [])
+    app = client.client_app(lambda *args: Remembering(open_toy(*args)))
+    context = Context(1, 1, {"partition-id": 0, "num-partitions": 1}, RecordDict(), {**flat, "flower.resident": "off"})
+
+    def reply(message):
+        client._stations.clear()
+        return app(message, context)
+
+    grid._reply = reply
+    strategy.start(grid)
+    assert seen == [0.0, 1.0, 2.0]
