@@ -46,6 +46,11 @@ def wait_for_round(folder: Path, number: int, seconds: float = 200.0) -> None:
         time.sleep(0.02)
 
 
+def heed_interrupts() -> None:
+    """A shell starts its background jobs, and so perhaps these tests, with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def coordinator_pid(folder: Path) -> int:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -139,7 +144,9 @@ def test_other_clients_or_centralised_training_in_the_same_folder_are_refused_an
 def test_ctrl_c_and_a_killed_coordinator_change_no_bit(undisturbed):
     folder = undisturbed[0]
     run = folder / "disturbed"
-    first = subprocess.Popen(command(folder, "disturbed", "--no-evaluate"), stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        command(folder, "disturbed", "--no-evaluate"), stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     wait_for_round(run, 1)
     first.send_signal(signal.SIGINT)
     assert first.wait(60) == 130
