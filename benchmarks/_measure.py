@@ -8,7 +8,7 @@ from pathlib import Path
 
 from _processes import Memory, cpu_seconds, end_descendants, memory
 
-_PATIENCE_S = 900.0
+_PATIENCE_S = 240.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,11 @@ def measure(
     role_of: Callable[[str], str],
     logs: Path,
 ) -> Measured:
-    """Starts a run, waits until `closed` lists the times at which all rounds ended, and ends every process."""
+    """Starts a run, waits until `closed` lists the times at which all rounds ended, and ends every process.
+
+    Raises:
+        RuntimeError: the run ended early, or a round took longer than four minutes.
+    """
     began = time.time()
     cpu: dict[int, float] = {}
     with memory(role_of) as seen:
@@ -42,6 +46,7 @@ def measure(
         while (done := len(closed())) < rounds:
             if done and done not in cpu:
                 cpu[done] = cpu_seconds()
+                until = time.monotonic() + _PATIENCE_S
             if time.monotonic() > until or process.poll() not in (None, 0):
                 raise RuntimeError(f"the run stopped after {done} rounds (exit {process.poll()}):\n{_tails(logs)}")
             time.sleep(0.02)

@@ -53,8 +53,13 @@ def main() -> None:
     for number in range(1 if arguments.quick else arguments.passes):
         for cell, names in plan.items():
             for name in (name for name in names if name in ways):
-                measured = ways[name](*cell, 4 if arguments.quick or cell[1] > 1 else 6)
-                sys.stderr.write(f"pass {number + 1}: {cell[0]} x {cell[1]:g} MB, {name}: {measured}\n")
+                label = f"pass {number + 1}: {cell[0]} x {cell[1]:g} MB, {name}"
+                try:
+                    measured = ways[name](*cell, 4 if arguments.quick or cell[1] > 1 else 6)
+                except RuntimeError as error:
+                    sys.stderr.write(f"{label}: no figure: {error}\n")
+                    continue
+                sys.stderr.write(f"{label}: {measured}\n")
                 best = results[cell].get(name)
                 results[cell][name] = measured if best is None or measured.wall_s < best.wall_s else best
     if DEPLOYMENT not in ways:
