@@ -64,6 +64,13 @@ def key_b(layer: str) -> str:
     return f"{layer}/B"
 
 
+def overlaid(spec: LoraSpec, before: "tuple[LoraSpec, Tensors] | None", factors: Tensors) -> dict[str, Array]:
+    """Copies the factors of an adapter as float32: those of `factors`, and where it has none those of `before`."""
+    known = {**(before[1] if before else {}), **factors}
+    names = [name for layer in spec.layers for name in (key_a(layer), key_b(layer))]
+    return {name: np.array(known[name], np.float32) for name in names if name in known}
+
+
 def layers_of(tensors: Tensors | Sequence[str]) -> list[str]:
     """Lists the layers whose factors are among `tensors`, in their order."""
     return [name[:-2] for name in tensors if name.endswith("/A")]
@@ -113,9 +120,9 @@ def save_peft(
 ) -> None:
     """Writes `factors` (`layer/A`, `layer/B`) as a PEFT adapter directory, without torch.
 
-    Layers whose rank is not `rank` go into PEFT's `rank_pattern`; layers of rank 0 are left out.
+    Layers whose rank is not `rank` go into PEFT's `rank_pattern`; layers with a factor of rank 0 are left out.
     """
-    layers = [layer for layer in layers_of(factors) if factors[key_a(layer)].shape[0] > 0]
+    layers = [layer for layer in layers_of(factors) if factors[key_a(layer)].size and factors[key_b(layer)].size]
     ranks = {layer: int(factors[key_a(layer)].shape[0]) for layer in layers}
     tensors = {}
     for layer in layers:

@@ -7,12 +7,12 @@ state -broadcast(since)-> Tensors == bytes ==> install, client_update -> Tensors
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from fedtune.codecs import raw
+from fedtune.codecs.compression import Compression
 from fedtune.directions import Coefficients, Pool
 from fedtune.lora import LoraSpec
 from fedtune.tensors import Array, Manifest, Tensors
@@ -59,7 +59,8 @@ class ZeroOrder:
 class ClientJob(Protocol):
     """What a method may ask of a client's model. Implemented with torch in `fedtune.training.job`.
 
-    `memory` is kept by the client between rounds; `seed` is of all that is drawn in this turn.
+    `memory` is kept by the client between rounds: what a turn leaves in it is there in the next one if the turn's
+    update became part of its round, and otherwise never was. `seed` is of all that is drawn in this turn.
     """
 
     member: Member
@@ -70,7 +71,10 @@ class ClientJob(Protocol):
         """Adds B A of each layer to the base weights for good; `factors` hold `layer/A` (R, I), `layer/B` (O, R)."""
 
     def attach(self, spec: LoraSpec, factors: Tensors) -> None:
-        """Puts a LoRA adapter with these weights beside the base, replacing the one attached before."""
+        """Puts a LoRA adapter beside the base; factors that are left out stay those attached before."""
+
+    def fresh(self, spec: LoraSpec) -> Tensors:
+        """Draws a new adapter without training it: A from the job's seed, B zero; float32."""
 
     def train_fresh(self, spec: LoraSpec) -> Tensors:
         """Trains a new adapter (A drawn from the job's seed, B zero) on local data and returns its factors, float32.
@@ -78,8 +82,11 @@ class ClientJob(Protocol):
         The model is left as it was before.
         """
 
-    def train_attached(self) -> Tensors:
-        """Trains the attached adapter on local data and returns its new factors, float32."""
+    def train_attached(self, frozen: Collection[str] = ()) -> Tensors:
+        """Trains the attached adapter on local data and returns its new factors, float32.
+
+        The sides named in `frozen` (`A`, `B`) stay as they are, in every layer.
+        """
 
     def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
         """Sets all weights to base + 2**-exponent * sum_k c_k z_k; returns the SHA-256 of the model (32 bytes)."""
@@ -102,6 +109,8 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    uplink: Compression = Compression()
+    """How updates travel. A method that ships tensors has a field of this name (type `codecs.compression.Link`)."""
 
     # coordinator: needs no model, holds one partial sum
     @abstractmethod
@@ -143,11 +152,16 @@ class Method(ABC):
 
     def encode(self, update: Tensors, manifest: Manifest) -> Iterable[memoryview | bytes]:
         """Yields the bytes of an update; `manifest` is the template the coordinator issued."""
-        return raw.encode(update, manifest)
+        return self.uplink.coder.encode(update, manifest)
 
     def decode(self, payload: memoryview | bytes, state: Tensors, member: Member) -> Tensors:
         """Reads an update; raises WireError unless it is exactly what `template` announces, and finite."""
-        return raw.decode(payload, self.template(state, member))
+        return self.uplink.coder.decode(payload, self.template(state, member))
+
+    def sizes(self, state: Tensors, member: Member) -> tuple[int, int]:
+        """Returns the fewest and the most bytes an update of `member` can have."""
+        most = self.uplink.coder.largest(self.template(state, member))
+        return (most if self.uplink.exact else 1), most
 
     # use: what people take home
     @abstractmethod

@@ -5,7 +5,7 @@ keyed by seed, round and client, so every runtime must reproduce the same bits, 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from fedtune.base import open_base
 from fedtune.config import Config, Shared
 from fedtune.directions import Coefficients, Pool, layout, reference
-from fedtune.lora import LoraSpec, key_a, key_b, layers_of
+from fedtune.errors import ProtocolError, problem
+from fedtune.lora import LoraSpec, kaiming_uniform, key_a, key_b, layers_of, overlaid
 from fedtune.method import Member, Method, ZeroOrder
 from fedtune.rounds import job_seed
 from fedtune.tensors import Array, Tensors, digest
@@ -52,7 +53,17 @@ class ToyJob:
 
     def attach(self, spec: LoraSpec, factors: Tensors) -> None:
         """Remembers the adapter."""
-        self._worker.attached = (spec, {name: np.array(array, np.float32) for name, array in factors.items()})
+        self._worker.attached = spec, overlaid(spec, self._worker.attached, factors)
+
+    def fresh(self, spec: LoraSpec) -> Tensors:
+        """Draws A; B is zero."""
+        rng = np.random.Generator(np.random.Philox(key=self.seed))
+        factors: dict[str, Array] = {}
+        for layer in spec.layers:
+            outputs, inputs = self._worker.weights[f"{layer}.weight"].shape
+            factors[key_a(layer)] = kaiming_uniform(rng, spec.rank, inputs)
+            factors[key_b(layer)] = np.zeros((outputs, spec.rank), np.float32)
+        return factors
 
     def train_fresh(self, spec: LoraSpec) -> Tensors:
         """Draws both factors."""
@@ -65,12 +76,15 @@ class ToyJob:
         self._worker.report(self.member)
         return factors
 
-    def train_attached(self) -> Tensors:
-        """Adds a draw to the attached adapter."""
+    def train_attached(self, frozen: Collection[str] = ()) -> Tensors:
+        """Adds a draw to the attached adapter, but for the frozen sides."""
         rng = np.random.Generator(np.random.Philox(key=self.seed))
+        if self._worker.attached is None:
+            raise ProtocolError(problem("adapter", "one attached before training", "none"))
         _, factors = self._worker.attached
         self._worker.report(self.member)
-        return {n: a + rng.normal(0, 0.1, a.shape).astype(np.float32) for n, a in factors.items()}
+        drawn = {n: rng.normal(0, 0.1, a.shape).astype(np.float32) for n, a in factors.items()}
+        return {n: a if n.rsplit("/", 1)[1] in frozen else a + drawn[n] for n, a in factors.items()}
 
     def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
         """Rebuilds the weights from the file."""
@@ -103,14 +117,15 @@ class ToyWorker:
         self.base_digest = base.digest
         self.examples = examples
         self.weights: dict[str, Array] = {}
-        self.attached: tuple[LoraSpec, dict[str, Array]]
+        self.attached: tuple[LoraSpec, Tensors] | None = None
         self.metrics: dict[str, float] = {}
         self.memory: dict[str, Array] = {}
         self._folder, self._seed, self._delay = folder, seed, delay
         self.reset()
 
     def reset(self) -> None:
-        """Goes back to the base weights."""
+        """Goes back to the base weights, with nothing attached."""
+        self.attached = None
         self.weights = dict(load_file(self._folder / "model.safetensors"))
 
     def job(self, method: Method, member: Member, round_number: int) -> ToyJob:

@@ -3,23 +3,20 @@
     A = sum_k p_k A_k,  B = sum_k p_k B_k        p_k = n_k / sum_j n_j
 
 It is the baseline that most frameworks ship. B A is not the mean of the B_k A_k, and all ranks must be equal.
-The state is the averaged adapter, which every client continues to train.
+The state is the averaged adapter, which every client continues to train. Factors that `personal` names stay with their
+client (`fedtune.personal`).
 """
 
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fedtune import exact
-from fedtune.errors import ProtocolError, problem
-from fedtune.lora import LoraSpec, find_layers, kaiming_uniform, key_a, key_b, layers_of, save_peft
+from fedtune import averaging, personal
+from fedtune.lora import LoraSpec, layers_of, save_peft
 from fedtune.method import BaseModel, ClientJob, Member, Method
-from fedtune.tensors import DTYPES, Array, Manifest, Tensors
-
-Total = dict[str, exact.ExactSum]
+from fedtune.tensors import Manifest, Tensors
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
@@ -33,6 +30,7 @@ class FedAvgLoRA(Method):
         dropout: LoRA dropout while training.
         rslora: scale by alpha / sqrt(r) instead of alpha / r.
         dtype: of the factors on the wire and in the state.
+        personal: layers or factors that every client keeps to itself: globs such as `layers.3.*` or `lora_B`.
     """
 
     name: ClassVar[str] = "fedavg-lora"
@@ -43,59 +41,46 @@ class FedAvgLoRA(Method):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     rslora: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    personal: tuple[str, ...] = ()
 
     def init(self, base: BaseModel, seed: int) -> Tensors:
         """Draws A as PEFT does, from `seed`; B is zero."""
-        rng = np.random.Generator(np.random.Philox(key=seed))
-        state: dict[str, Array] = {}
-        for layer in find_layers(base.weights, self.target_modules, base.transposed):
-            state[key_a(layer.name)] = kaiming_uniform(rng, self.rank, layer.inputs).astype(DTYPES[self.dtype])
-            state[key_b(layer.name)] = np.zeros((layer.outputs, self.rank), DTYPES[self.dtype])
-        return state
+        drawn = averaging.drawn(base, self.target_modules, self.rank, self.dtype, seed)
+        return personal.withheld(drawn, self.personal) if self.personal else drawn
 
     def admit(self, member: Member) -> Member:
         """Takes only clients of the shared rank and alpha."""
-        if member.rank not in (0, self.rank) or member.alpha not in (0, self._alpha):
-            want, got = (
-                f"rank {self.rank} and alpha {self._alpha:g}",
-                f"rank {member.rank} and alpha {member.alpha:g}",
-            )
-            remedy = "Averaging A and B needs equal shapes; method.name = 'flora' takes any mix"
-            raise ProtocolError(problem(f"client {member.id}", want, got, remedy))
-        return Member(member.id, self.rank, self._alpha)
+        return averaging.same_for_all(member, self.rank, self._alpha, "Averaging A and B needs equal shapes")
 
     def broadcast(self, state: Tensors, since: int) -> Tensors:
         """Sends the whole adapter."""
         return state
 
-    def fold(self, total: Total | None, update: Tensors, member: Member, weight: int) -> Total:
+    def fold(self, total: averaging.Total | None, update: Tensors, member: Member, weight: int) -> averaging.Total:
         """Adds weight * A and weight * B as integers, into `total` itself; a value too large changes nothing."""
-        for name, array in update.items():
-            exact.check_magnitude(array, f"{name} of {member.id}")
-        return {
-            name: exact.add(total[name] if total else None, array, weight, f"{name} of {member.id}")
-            for name, array in update.items()
-        }
+        return averaging.add(total, update, member, weight)
 
-    def finish(self, state: Tensors, total: Total, weight: int) -> Tensors:
+    def finish(self, state: Tensors, total: averaging.Total, weight: int) -> Tensors:
         """Divides by the summed weight."""
-        return {name: total[name].mean(weight, array.dtype) for name, array in state.items()}
+        return averaging.means(state, total, weight)
 
     def install(self, job: ClientJob, received: Tensors) -> None:
-        """Attaches the averaged adapter."""
-        job.attach(self._spec(received), received)
+        """Attaches the averaged adapter, with the client's own factors where it has some."""
+        spec = self._spec(received)
+        job.attach(spec, personal.completed(job, spec, received))
 
     def client_update(self, job: ClientJob, expected: Manifest) -> Tensors:
         """Continues to train the attached adapter."""
-        factors = job.train_attached()
-        return {name: array.astype(DTYPES[self.dtype], copy=False) for name, array in factors.items()}
+        trained = job.train_attached()
+        personal.keep(job, trained, expected)
+        return averaging.as_sent(trained, expected)
 
     def template(self, state: Tensors, member: Member) -> Manifest:
         """Expects what was sent."""
-        return Manifest.of(state)
+        return personal.shared(state)
 
     def export(self, state: Tensors, folder: Path, base_model: str) -> None:
-        """Writes the averaged adapter."""
+        """Writes the averaged adapter, without layers of which a factor is personal."""
         save_peft(folder, state, rank=self.rank, alpha=self._alpha, rslora=self.rslora, base_model=base_model)
 
     @property

@@ -1,5 +1,6 @@
 """Training one adapter on one client's rows: what every kind of run does with the loop."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,9 @@ class Bench:
         return Plan(self.rows, c.max_length, packing, c.batch_size, c.steps, c.epochs, c.accumulate)
 
 
-def fit_adapter(bench: Bench, spec: LoraSpec, factors: Tensors, seed: int) -> tuple[dict[str, Array], dict[str, float]]:
+def fit_adapter(
+    bench: Bench, spec: LoraSpec, factors: Tensors, seed: int, frozen: Collection[str] = ()
+) -> tuple[dict[str, Array], dict[str, float]]:
     """Trains an adapter that starts at `factors`; the model is left as it was before.
 
     Args:
@@ -43,6 +46,7 @@ def fit_adapter(bench: Bench, spec: LoraSpec, factors: Tensors, seed: int) -> tu
         spec: the adapter's layers, rank and scale.
         factors: where it starts (`layer/A`, `layer/B`).
         seed: of the order of rows and of dropout.
+        frozen: sides (`A`, `B`) that are not trained.
 
     Returns:
         The new factors, float32, and the metrics of `fedtune.training.loop.train`.
@@ -50,11 +54,9 @@ def fit_adapter(bench: Bench, spec: LoraSpec, factors: Tensors, seed: int) -> tu
     Raises:
         TrainingError: a loss is not finite, no factor changed, or one grew out of bounds.
     """
-    with injected(bench.scorer.model, spec, factors) as adapter:
+    with injected(bench.scorer.model, spec, factors, frozen) as adapter:
         before = adapter.factors()
-        metrics = train(
-            bench.scorer, adapter.weights.values(), bench.plan().batches(seed), bench.config, seed, bench.on_step
-        )
+        metrics = train(bench.scorer, adapter.trained(), bench.plan().batches(seed), bench.config, seed, bench.on_step)
         after = adapter.factors()
     _check(before, after)
     return after, metrics

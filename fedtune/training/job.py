@@ -1,12 +1,11 @@
 """One client's turn in one round: the verbs a method may use, on a torch model."""
 
+from collections.abc import Collection
 from typing import Protocol
-
-import numpy as np
 
 from fedtune.directions import Coefficients, Pool
 from fedtune.errors import ProtocolError, problem
-from fedtune.lora import LoraSpec
+from fedtune.lora import LoraSpec, overlaid
 from fedtune.method import Member, ZeroOrder
 from fedtune.tensors import Array, Tensors
 from fedtune.training.lora import fresh_factors
@@ -20,8 +19,8 @@ class Holder(Protocol):
     attached: tuple[LoraSpec, Tensors] | None
     memory: dict[str, Array]
 
-    def fit(self, spec: LoraSpec, factors: Tensors, seed: int) -> Tensors:
-        """Trains an adapter that starts at `factors`, and returns its new ones."""
+    def fit(self, spec: LoraSpec, factors: Tensors, seed: int, frozen: Collection[str] = ()) -> Tensors:
+        """Trains an adapter that starts at `factors`, but for the `frozen` sides, and returns its new ones."""
 
     def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
         """Rebuilds all weights from the base, and returns the model's digest."""
@@ -51,21 +50,25 @@ class TorchJob:
 
     def attach(self, spec: LoraSpec, factors: Tensors) -> None:
         """Remembers an adapter beside the base; it is put into the model only while it trains."""
-        self._worker.attached = spec, {name: np.array(array, np.float32) for name, array in factors.items()}
+        self._worker.attached = spec, overlaid(spec, self._worker.attached, factors)
+
+    def fresh(self, spec: LoraSpec) -> Tensors:
+        """Draws a new adapter: A from the job's seed, B zero."""
+        return fresh_factors(self._worker.base.model, spec, self.seed)
 
     def train_fresh(self, spec: LoraSpec) -> Tensors:
         """Trains a new adapter: A drawn from the job's seed, B zero."""
-        return self._worker.fit(spec, fresh_factors(self._worker.base.model, spec, self.seed), self.seed)
+        return self._worker.fit(spec, self.fresh(spec), self.seed)
 
-    def train_attached(self) -> Tensors:
-        """Trains the attached adapter further.
+    def train_attached(self, frozen: Collection[str] = ()) -> Tensors:
+        """Trains the attached adapter further, but for the `frozen` sides.
 
         Raises:
             ProtocolError: none is attached.
         """
         if self._worker.attached is None:
             raise ProtocolError(problem("adapter", "one attached before training", "none"))
-        return self._worker.fit(*self._worker.attached, self.seed)
+        return self._worker.fit(*self._worker.attached, self.seed, frozen)
 
     def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
         """Sets all weights to base + 2**-exponent * sum_k c_k z_k; returns the SHA-256 of the model."""
@@ -74,3 +77,8 @@ class TorchJob:
     def zo_steps(self, pool: Pool, seeds: Coefficients, plan: ZeroOrder) -> Array:
         """Trains all weights along `seeds` and leaves them as they were; NaN stands where a step was skipped."""
         return self._worker.fit_seeds(pool, seeds, plan, self.seed)
+
+    def _attached(self) -> tuple[LoraSpec, Tensors]:
+        if self._worker.attached is None:
+            raise ProtocolError(problem("adapter", "one attached before training", "none"))
+        return self._worker.attached

@@ -3,7 +3,7 @@
 Shapes: R rank, I input features, O output features; A_RI, B_OR. Linear weights are O x I, Conv1D weights I x O.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,9 +23,13 @@ _NAME = "default"
 
 @dataclass(frozen=True)
 class Adapter:
-    """The trainable factors of an injected adapter, by the names the rest of fedtune uses (`layer/A`, `layer/B`)."""
+    """The factors of an injected adapter, by the names the rest of fedtune uses (`layer/A`, `layer/B`)."""
 
     weights: dict[str, nn.Parameter]
+
+    def trained(self) -> list[nn.Parameter]:
+        """Those that are not frozen."""
+        return [weight for weight in self.weights.values() if weight.requires_grad]
 
     def factors(self) -> dict[str, Array]:
         """Copies the factors out as float32 arrays."""
@@ -33,8 +37,12 @@ class Adapter:
 
 
 @contextmanager
-def injected(model: PreTrainedModel, spec: LoraSpec, factors: Tensors) -> Iterator[Adapter]:
+def injected(
+    model: PreTrainedModel, spec: LoraSpec, factors: Tensors, frozen: Collection[str] = ()
+) -> Iterator[Adapter]:
     """Puts an adapter with these factors into `model` for the length of a `with` block.
+
+    Exactly its factors require a gradient, but for the sides named in `frozen` (`A`, `B`).
 
     Guarantees: afterwards the model holds the very modules and weights it held before, and its outputs are the same
     bit for bit.
@@ -49,7 +57,7 @@ def injected(model: PreTrainedModel, spec: LoraSpec, factors: Tensors) -> Iterat
     try:
         with torch.random.fork_rng(devices=[]):  # new layers draw weights, which are replaced at once
             inject_adapter_in_model(_peft_config(spec, before), model, adapter_name=_NAME)
-        yield Adapter(_load(model, spec, factors))
+        yield Adapter(_load(model, spec, factors, frozen))
     finally:
         for layer, module in before.items():
             parent, _, child = layer.rpartition(".")
@@ -117,12 +125,12 @@ def _peft_config(spec: LoraSpec, modules: dict[str, nn.Module]) -> LoraConfig:
     )
 
 
-def _load(model: PreTrainedModel, spec: LoraSpec, factors: Tensors) -> dict[str, nn.Parameter]:
-    """Sets the adapter's weights, float32 whatever the base is, and makes exactly them trainable."""
+def _load(model: PreTrainedModel, spec: LoraSpec, factors: Tensors, frozen: Collection[str]) -> dict[str, nn.Parameter]:
+    """Sets the adapter's weights, float32 whatever the base is, and makes trainable what is not frozen."""
     weights: dict[str, nn.Parameter] = {}
     for layer in spec.layers:
         for key, side in ((key_a(layer), "lora_A"), (key_b(layer), "lora_B")):
             weight = model.get_submodule(f"{layer}.{side}.{_NAME}").get_parameter("weight")
             weight.data = torch.from_numpy(factors[key].astype(np.float32)).to(weight.device)
-            weights[key] = weight.requires_grad_(True)
+            weights[key] = weight.requires_grad_(side[-1] not in frozen)
     return weights

@@ -8,7 +8,7 @@ The function gets the model with a LoRA adapter in it, whose factors are the onl
 returns what it measured. It fits every runtime: `fedtune_client.main.run`, and `fedtune.flower.client.client_app`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeAlias
 
@@ -69,13 +69,13 @@ class OwnWorker:
         """Starts one round's turn."""
         return TorchJob(self, member, job_seed(self._seed, round_number, member.id))
 
-    def fit(self, spec: LoraSpec, factors: Tensors, seed: int) -> Tensors:
+    def fit(self, spec: LoraSpec, factors: Tensors, seed: int, frozen: Collection[str] = ()) -> Tensors:
         """Puts an adapter in, calls the function, and takes the adapter out.
 
         Raises:
             TrainingError: the function changed nothing.
         """
-        with injected(self.base.model, spec, factors) as adapter:
+        with injected(self.base.model, spec, factors, frozen) as adapter:
             before = adapter.factors()
             self.metrics = {name: float(value) for name, value in self._train(self.base.model, seed).items()}
             after = adapter.factors()

@@ -1,6 +1,6 @@
 """A client's model, data and hyper-parameters in memory, ready for one round after another."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -87,9 +87,9 @@ class TorchWorker:
         """Starts one round's turn."""
         return TorchJob(self, member, job_seed(self._seed, round_number, member.id))
 
-    def fit(self, spec: LoraSpec, factors: Tensors, seed: int) -> Tensors:
+    def fit(self, spec: LoraSpec, factors: Tensors, seed: int, frozen: Collection[str] = ()) -> Tensors:
         """Trains an adapter and remembers the metrics."""
-        trained, self.metrics = fit_adapter(self._bench, spec, factors, seed)
+        trained, self.metrics = fit_adapter(self._bench, spec, factors, seed, frozen)
         return trained
 
     def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:

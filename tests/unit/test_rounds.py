@@ -117,7 +117,7 @@ def test_a_task_for_another_version_is_refused_before_anything_is_installed(meth
     with pytest.raises(WireError, match=r"task.since: expected the version this client holds \(-1\), got 0"):
         list(work(method, following.task(member, 0), worker.job(method, member, 2), replica))
     assert (replica.version, replica.leaves) == (-1, {})
-    assert not hasattr(worker, "attached")
+    assert worker.attached is None
 
 
 def test_installing_the_same_task_twice_changes_nothing(method, base, base_folder):
