@@ -17,8 +17,10 @@ LIMIT = 512.0  # both addends below it: no sum of three reaches 2^63 units
 _INTEGERS = ("int64", "int32", "uint8")
 
 
-def encode(codec: Codec, tensors: Tensors, manifest: Manifest, carried: Tensors) -> tuple[bytes, dict[str, Array]]:
-    """Encodes an update together with what earlier ones left out.
+def carry(
+    codec: Codec, tensors: Tensors, manifest: Manifest, carried: Tensors
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Adds to an update what earlier ones left out, and finds what will be left out of the sum.
 
     Args:
         codec: the lossy codec.
@@ -27,7 +29,7 @@ def encode(codec: Codec, tensors: Tensors, manifest: Manifest, carried: Tensors)
         carried: what the last call returned, or nothing at first; int64, in units of 2^-52.
 
     Returns:
-        The payload, and what is carried now.
+        What to encode, and what is carried once that is sent.
 
     Guarantees: sent + carried afterwards == update + carried before, exactly, for values that are multiples of 2^-52
         (float32 and bfloat16 of magnitude 2^-29 and above, all of float16); smaller ones are rounded to that first.
@@ -35,22 +37,16 @@ def encode(codec: Codec, tensors: Tensors, manifest: Manifest, carried: Tensors)
     Raises:
         WireError: a value reaches 512 in magnitude: training diverged.
     """
-    wanted = {}
+    whole: dict[str, Array] = {}
     for spec in manifest.specs:
         if spec.dtype not in _INTEGERS:
             before = carried.get(spec.name)
-            wanted[spec.name] = units(tensors[spec.name], spec.name)
+            whole[spec.name] = units(tensors[spec.name], spec.name)
             if before is not None:
-                wanted[spec.name] += _checked(before, wanted[spec.name], spec.name)
-    bag = {s.name: _values(wanted[s.name], s.dtype) if s.name in wanted else tensors[s.name] for s in manifest.specs}
-    payload = b"".join(codec.encode(bag, manifest))
-    sent = codec.decode(payload, manifest)
-    return payload, {name: whole - units(sent[name], name) for name, whole in wanted.items()}
-
-
-def give_back(carried: Tensors, sent: Tensors) -> dict[str, Array]:
-    """Returns what is carried once an update, lost or refused, has come back: all of it that was sent."""
-    return {name: rest + units(sent[name], name) for name, rest in carried.items()}
+                whole[spec.name] += _checked(before, whole[spec.name], spec.name)
+    wanted = {s.name: _values(whole[s.name], s.dtype) if s.name in whole else tensors[s.name] for s in manifest.specs}
+    sent = codec.decode(b"".join(codec.encode(wanted, manifest)), manifest)
+    return wanted, {name: array - units(sent[name], name) for name, array in whole.items()}
 
 
 def units(values: Array, name: str) -> Array:

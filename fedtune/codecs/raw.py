@@ -42,3 +42,8 @@ def decode(payload: memoryview | bytes, manifest: Manifest) -> dict[str, Array]:
         tensors[spec.name] = array
         offset += spec.nbytes
     return tensors
+
+
+def largest(manifest: Manifest) -> int:
+    """Returns the size of every payload for `manifest`."""
+    return manifest.nbytes

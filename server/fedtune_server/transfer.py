@@ -127,13 +127,14 @@ class Transfer:
     def _check(self, header: pb.SubmitHeader, task: TaskRow) -> None:
         """Refuses by the header alone, before a byte of payload is read."""
         version, limit = self._run.version, self._run.config.server.max_update_mb * 2**20
-        want = expected_bytes(self._run.shared.method, version, task)
+        fewest, most = self._run.shared.method.sizes(version.state, task.member)
         if header.nbytes > limit:
             raise WireError(
                 problem("payload", f"at most {limit} bytes (server.max_update_mb)", f"{header.nbytes} bytes")
             )
-        if want is not None and header.nbytes != want:
-            raise WireError(problem("payload", f"exactly {want} bytes", f"{header.nbytes} bytes"))
+        if not fewest <= header.nbytes <= most:
+            want = f"exactly {most} bytes" if fewest == most else f"{fewest} to {most} bytes"
+            raise WireError(problem("payload", want, f"{header.nbytes} bytes"))
         if len(header.sha256) != 64:
             raise WireError(problem("sha256", "64 hex digits", f"{len(header.sha256)} characters"))
         if header.state_digest != version.digest:
@@ -183,13 +184,6 @@ class Transfer:
 
     def _count(self, task: TaskRow, direction: str, kind: str, nbytes: int) -> None:
         self._run.book.count(task.round, task.member.id, direction, kind, nbytes)
-
-
-def expected_bytes(method: Method, version: Version, task: TaskRow) -> int | None:
-    """Exact size of an update, or None for a method whose codec has no fixed size."""
-    if type(method).encode is not Method.encode:
-        return None
-    return method.template(version.state, task.member).nbytes
 
 
 def prepare(method: Method, version: Version, since: int) -> Broadcast:
