@@ -82,6 +82,9 @@ class ClientJob(Protocol):
         The model is left as it was before.
         """
 
+    def attached(self) -> Tensors:
+        """Returns the factors of the attached adapter, as they were attached; float32."""
+
     def train_attached(self, frozen: Collection[str] = ()) -> Tensors:
         """Trains the attached adapter on local data and returns its new factors, float32.
 
@@ -135,6 +138,10 @@ class Method(ABC):
     @abstractmethod
     def finish(self, state: Tensors, total: Any, weight: int) -> Tensors:
         """Returns the next version of the state from a total of summed `weight`."""
+
+    def notes(self, total: Any) -> dict[str, list[str]]:
+        """Says what `finish` makes of a total that a round's record should tell: a word, and ids of clients, sorted."""
+        return {}
 
     # client: works through the verbs of the job, so this file never imports torch
     @abstractmethod

@@ -87,6 +87,10 @@ class Round:
             raise RoundError(problem(f"round {self.number}", "at least one update", "none"))
         return self.method.finish(self.state, self.total, self.weight)
 
+    def notes(self) -> dict[str, list[str]]:
+        """What the method has to say of the updates so far: which clients it left out, and why."""
+        return self.method.notes(self.total) if self.members else {}
+
 
 @dataclass
 class Replica:

@@ -17,7 +17,7 @@ from fedtune.worker import Worker
 
 @dataclass(frozen=True, slots=True)
 class RoundResult:
-    """One closed round: the state it led to, that state's digest, and what the clients reported."""
+    """One closed round: the state it led to, its digest, what the clients reported and what the method noted."""
 
     number: int
     state: Tensors
@@ -26,6 +26,7 @@ class RoundResult:
     metrics: dict[str, dict[str, float]]
     bytes_up: int
     bytes_down: int
+    notes: dict[str, list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def _play(current: Round, clients: Sequence[_Client]) -> RoundResult:
         up, down = up + len(payload), down + task.broadcast.nbytes
     state = current.close()
     metrics = {client.member.id: dict(client.worker.metrics) for client in clients}
-    return RoundResult(current.number, state, digest(state), current.weight, metrics, up, down)
+    return RoundResult(current.number, state, digest(state), current.weight, metrics, up, down, current.notes())
 
 
 def _turn(method: Method, task: Task, sent: bytes, client: _Client) -> list[memoryview | bytes]:

@@ -130,7 +130,8 @@ class RunView:
         losses = [c.loss for c in self.clients.values() if c.state == "done" and c.loss is not None]
         if losses:
             self.train_loss[number] = sum(losses) / len(losses)
-        return f"round {number}/{self.rounds}: closed after {duration(event.get('seconds', 0))}"
+        noted = "".join(f"; {note.replace('_', ' ')}: {', '.join(c)}" for note, c in event.get("notes", {}).items())
+        return f"round {number}/{self.rounds}: closed after {duration(event.get('seconds', 0))}{noted}"
 
     def _head(self) -> RenderableType:
         done = sum(c.state == "done" for c in self.clients.values()) if self.round > self.closed else 0

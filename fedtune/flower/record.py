@@ -27,6 +27,7 @@ class RoundLog:
     attempt: int = 1
     weights: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
     ledger: list[tuple[str, str, str, int]] = field(default_factory=list)
     """Client, direction (up, down), kind (control, payload), bytes."""
 
@@ -98,6 +99,7 @@ def _report(log: RoundLog, digest: str) -> Mapping[str, object]:
         "metrics": {client: log.metrics[client] for client in clients},
         "bytes_up": log.total("up"),
         "bytes_down": log.total("down"),
+        "notes": log.notes,
     }
 
 

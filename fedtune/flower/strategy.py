@@ -139,6 +139,7 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
             self._take(work, node, reply)
         self.state = work.round.close()
         self.digest = digest(self.state)
+        work.log.notes = work.round.notes()
         if self._folder:
             self._folder.close_round(self.state, self.digest, work.log)
         self._open = None

@@ -17,36 +17,24 @@ those that agree, by weight, and leaves out the others. A rebuild starts at w_0,
 FedKSeed-Pro (`pro`) draws seeds by how large their scalars have been on average.
 """
 
-from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from safetensors.numpy import save_file
 
 from fedtune.directions import Pool
 from fedtune.errors import WireError, problem
+from fedtune.kspace import UNIT, Longs, Sum, joined, levels, packed, probabilities, trusted, unpacked
 from fedtune.method import BaseModel, ClientJob, Member, Method, ZeroOrder
 from fedtune.tensors import PRIVATE, Array, Manifest, Tensors, TensorSpec
 
 FILE = "fedkseed.safetensors"
-LIMIT = 2.0**16  # of a scalar; in 2**-32 a client's sum over 2**13 steps stays below 2**61
-HISTORY_CLIP = 1000.0
+LIMIT = 2.0**16  # of a scalar
 _TOTAL, _SIZES, _COUNTS = PRIVATE + "total", PRIVATE + "sizes", PRIVATE + "counts"
-Longs = npt.NDArray[np.int64]
-
-
-@plain_dataclass(frozen=True)
-class _Sum:
-    """Updates that were made on the same model: weighted scalars (Python integers), |g| and counts, by seed."""
-
-    weight: int
-    scalars: npt.NDArray[Any]
-    sizes: Longs
-    counts: Longs
+Total = dict[bytes, dict[str, Sum]]
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
@@ -65,6 +53,9 @@ class FedKSeed(Method):
         eps: length of a perturbation.
         loss_clip: steps whose two losses differ by more are skipped; 0 skips none.
         pro: draw seeds by the mean size of their past scalars.
+        krum_byzantine: f, clients a round that may be hostile: multi-Krum leaves out the f whose K-vectors are farthest
+            from the others'. Rounds need 2 f + 3 updates.
+        clip_norm: longest K-vector (a client's scalars summed by seed); longer ones are scaled down; 0 scales none.
     """
 
     name: ClassVar[str] = "fedkseed"
@@ -78,6 +69,8 @@ class FedKSeed(Method):
     eps: float = Field(default=5e-4, gt=0, allow_inf_nan=False)
     loss_clip: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     pro: bool = False
+    krum_byzantine: int = Field(default=0, ge=0, le=1000)
+    clip_norm: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     def init(self, base: BaseModel, seed: int) -> Tensors:
         """Starts at the base: no scalar yet."""
@@ -90,29 +83,38 @@ class FedKSeed(Method):
         """Sends what has changed: everything but the coordinator's own sums, and the pool's seed only once."""
         return {n: a for n, a in state.items() if not n.startswith(PRIVATE) and (since < 0 or n != "pool")}
 
-    def fold(self, total: dict[bytes, _Sum] | None, update: Tensors, member: Member, weight: int) -> dict[bytes, _Sum]:
-        """Adds the scalars by seed, in integers."""
-        used = update["seeds"] >= 0
-        seeds, g = update["seeds"][used], update["scalars"][used].astype(np.float64)
-        scalars, sizes = np.zeros(self.seeds, np.int64), np.zeros(self.seeds, np.int64)
-        np.add.at(scalars, seeds, np.rint(g * 2.0**32 / self.directions).astype(np.int64))
-        np.add.at(sizes, seeds, np.rint(np.minimum(np.abs(g), HISTORY_CLIP) * 2.0**20).astype(np.int64))
-        mine = _Sum(weight, scalars.astype(object) * weight, sizes, np.bincount(seeds, minlength=self.seeds))
-        model = update["model"].tobytes()
-        return {**(total or {}), model: _joined(total[model], mine) if total and model in total else mine}
+    def fold(self, total: Total | None, update: Tensors, member: Member, weight: int) -> Total:
+        """Adds the scalars by seed, in integers, to those of the same model.
 
-    def finish(self, state: Tensors, total: dict[bytes, _Sum], weight: int) -> Tensors:
-        """Adds the mean of the updates that agree on the model, by the larger weight."""
-        model = max(total, key=lambda digest: (total[digest].weight, digest))
-        agreed = total[model]
-        mean = (2 * agreed.scalars + agreed.weight) // (2 * agreed.weight)
-        scalars = state[_TOTAL] + mean.astype(np.int64)
+        Multi-Krum compares clients, so with `krum_byzantine` each one's K-vector is kept to the end of the round.
+        """
+        mine = Sum.of(update, self.seeds, self.directions, member.id, weight, self.clip_norm)
+        model, key = update["model"].tobytes(), member.id if self.krum_byzantine else ""
+        sums = (total or {}).get(model, {})
+        return {**(total or {}), model: {**sums, key: sums[key].plus(mine) if key in sums else mine}}
+
+    def finish(self, state: Tensors, total: Total, weight: int) -> Tensors:
+        """Adds the mean of the updates that agree on the model, by the larger weight, and are trusted.
+
+        Raises:
+            RoundError: too few of them for multi-Krum.
+        """
+        model, used = self._used(total)
+        scalars = state[_TOTAL] + used.mean()
         after = {"pool": state["pool"], "model": np.frombuffer(model, np.uint8), _TOTAL: scalars}
-        levels = np.zeros(self.seeds, np.int64)
+        now = np.zeros(self.seeds, np.int64)
         if self.pro:
-            after[_SIZES], after[_COUNTS] = state[_SIZES] + agreed.sizes, state[_COUNTS] + agreed.counts
-            levels = _levels(after[_SIZES], after[_COUNTS])
-        return {**after, **self._public(scalars, levels, int(state["exponent"][0]))}
+            after[_SIZES], after[_COUNTS] = state[_SIZES] + used.sizes, state[_COUNTS] + used.counts
+            now = levels(after[_SIZES], after[_COUNTS])
+        return {**after, **self._public(scalars, now, int(state["exponent"][0]))}
+
+    def notes(self, total: Total) -> dict[str, list[str]]:
+        """Names the clients whose model disagreed, those multi-Krum left out, and those whose K-vector was clipped."""
+        model, used = self._used(total)
+        here = joined(total[model]).members
+        everyone = frozenset[str]().union(*(joined(sums).members for sums in total.values()))
+        found = {"disagreed": everyone - here, "left_out": here - used.members, "clipped": used.clipped}
+        return {note: sorted(clients) for note, clients in found.items() if clients}
 
     def install(self, job: ClientJob, received: Tensors) -> None:
         """Rebuilds the model from the base."""
@@ -157,36 +159,14 @@ class FedKSeed(Method):
     def _pool(self, job: ClientJob) -> Pool:
         return Pool(self.pool, int(job.memory["pool"][0]), self.seeds)
 
-    def _public(self, scalars: Longs, levels: Longs, exponent: int) -> dict[str, Array]:
-        """What clients need: -lr A in 24 bits, in the finest unit not finer than before that keeps replay exact."""
-        change = -self.learning_rate * (scalars * 2.0**-32)
-        while np.abs(change).max() >= 2.0 ** (22 - exponent) or np.abs(change).sum() >= 2.0 ** (30 - exponent):
-            exponent -= 1
-        packed = np.rint(np.ldexp(change, exponent)).astype("<i4").view(np.uint8).reshape(-1, 4)[:, :3]
-        public: dict[str, Array] = {"coefficients": packed.copy(), "exponent": np.array([exponent], np.int32)}
-        return {**public, "levels": levels.astype(np.uint8)} if self.pro else public
+    def _used(self, total: Total) -> tuple[bytes, Sum]:
+        """The model that most weight agrees on, and the sum of its updates that count."""
+        model = max(total, key=lambda digest: (joined(total[digest]).weight, digest))
+        sums = trusted(total[model], self.krum_byzantine) if self.krum_byzantine else total[model]
+        return model, joined(sums)
 
-
-def probabilities(levels: Array) -> npt.NDArray[np.float64]:
-    """Chances of the seeds (K,), from the level 0 to 255 of each: softmax of level / 255, so at most e to 1."""
-    weights: npt.NDArray[np.float64] = np.exp(levels / 255.0)
-    chances: npt.NDArray[np.float64] = weights / weights.sum()
-    return chances
-
-
-def unpacked(packed: Array) -> npt.NDArray[np.int32]:
-    """Reads 24-bit integers, low byte first (K, 3)."""
-    wide = np.concatenate([np.zeros((len(packed), 1), np.uint8), packed], axis=1)
-    return wide.view("<i4")[:, 0] >> np.int32(8)
-
-
-def _levels(sizes: Longs, counts: Longs) -> Longs:
-    """Mean |g| of each seed, from the least (0) to the largest (255). A history begins with a zero."""
-    a = sizes * 2.0**-20 / (counts + 1)
-    levels: Longs = np.rint(255 * (a - a.min()) / (a.max() - a.min() + 1e-10)).astype(np.int64)
-    return levels
-
-
-def _joined(one: _Sum, other: _Sum) -> _Sum:
-    scalars, sizes = one.scalars + other.scalars, one.sizes + other.sizes
-    return _Sum(one.weight + other.weight, scalars, sizes, one.counts + other.counts)
+    def _public(self, scalars: Longs, now: Longs, exponent: int) -> dict[str, Array]:
+        """What clients need: -lr A in 24 bits, in a unit not finer than before, and Pro's levels."""
+        bits, exponent = packed(-self.learning_rate * (scalars * UNIT), exponent)
+        public: dict[str, Array] = {"coefficients": bits, "exponent": np.array([exponent], np.int32)}
+        return {**public, "levels": now.astype(np.uint8)} if self.pro else public

@@ -15,7 +15,7 @@ from fedtune.report.events import Event, read_events
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One closed round; `metrics` holds what each client reported, `loss` among it."""
+    """One closed round; `metrics`: what each client reported, `loss` among it; `notes`: whom the method left out."""
 
     round: int
     digest: str
@@ -24,6 +24,7 @@ class RoundRecord:
     metrics: dict[str, dict[str, float]]
     bytes_up: int
     bytes_down: int
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def train_loss(self) -> float | None:
@@ -114,11 +115,12 @@ def _apply(record: RunRecord, event: Event) -> None:
 def _round(path: Path) -> RoundRecord:
     raw = _json(path)
     try:
+        notes = {str(note): list(clients) for note, clients in dict(raw.get("notes") or {}).items()}
         weights = {str(c): int(w) for c, w in dict(raw.get("weights") or {}).items()}
         metrics = {str(c): _numbers(m) for c, m in dict(raw.get("metrics") or {}).items()}
         return RoundRecord(
             int(raw["round"]), str(raw["digest"]), float(raw["seconds"]), weights, metrics,
-            int(raw["bytes_up"]), int(raw["bytes_down"]),
+            int(raw["bytes_up"]), int(raw["bytes_down"]), notes,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise StorageError(problem(str(path), "a record of a round", f"{type(error).__name__} {error}")) from error

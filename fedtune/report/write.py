@@ -67,4 +67,5 @@ def _round(closed: RoundRecord, figures: dict[str, dict[str, float]]) -> JsonObj
         "train_loss": closed.train_loss,
         "client_loss": {client: m["loss"] for client, m in sorted(closed.metrics.items()) if "loss" in m},
         "held_out": figures.get(closed.digest),
+        "notes": closed.notes,
     }

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from fedtune.directions import Coefficients, Pool, layout
 from fedtune.errors import ModelError, TrainingError, problem
+from fedtune.kspace import unpacked
 from fedtune.method import ZeroOrder
-from fedtune.methods.fedkseed import FILE, unpacked
+from fedtune.methods.fedkseed import FILE
 from fedtune.tensors import Array, leaf_digest, root_digest
 from fedtune.training.adapt import Bench
 from fedtune.training.loop import autocast

@@ -59,6 +59,7 @@ def _report(run: Run, work: OpenRound, version: Version) -> dict[str, object]:
         "metrics": {client: dict(work.updates[client].metrics) for client in clients},
         "bytes_up": run.book.total(UP, work.number),
         "bytes_down": run.book.total(DOWN, work.number),
+        "notes": work.total.notes(),
     }
 
 

@@ -90,6 +90,10 @@ class Total:
             self._round = self._folded(rows, tasks)
         return self._round.close()
 
+    def notes(self) -> dict[str, list[str]]:
+        """What the method has to say of the updates it was closed with."""
+        return self._round.notes() if self._round else {}
+
     def forget(self) -> None:
         """Drops the total, after an update that was folded could not be recorded."""
         self._round = None

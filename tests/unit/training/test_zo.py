@@ -11,8 +11,9 @@ transformers = pytest.importorskip("transformers")
 from fedtune.config.schema import TrainingConfig  # noqa: E402  # after the check for torch
 from fedtune.directions import Pool, portable, reference  # noqa: E402
 from fedtune.errors import ModelError, TrainingError  # noqa: E402
+from fedtune.kspace import unpacked  # noqa: E402
 from fedtune.method import BaseModel, Member, ZeroOrder  # noqa: E402
-from fedtune.methods.fedkseed import FILE, FedKSeed, unpacked  # noqa: E402
+from fedtune.methods.fedkseed import FILE, FedKSeed  # noqa: E402
 from fedtune.tensors import Manifest  # noqa: E402
 from fedtune.training import zo  # noqa: E402
 from fedtune.training.adapt import Bench  # noqa: E402
