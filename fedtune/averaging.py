@@ -1,17 +1,19 @@
-"""What methods that average one shared adapter have in common: its first draw, whom it takes, the mean of its factors.
+"""What the LoRA methods have in common: the first draw, whom they take, means of factors, slices, templates.
 
 Shapes: R rank, I input features, O output features; A_RI, B_OR.
 """
 
 from collections.abc import Sequence
+from math import inf
 
 import numpy as np
 
 from fedtune import exact
+from fedtune.codecs.compression import Compression, change, changed
 from fedtune.errors import ProtocolError, problem
-from fedtune.lora import find_layers, kaiming_uniform, key_a, key_b
-from fedtune.method import BaseModel, Member
-from fedtune.tensors import DTYPES, Array, Manifest, Tensors
+from fedtune.lora import find_layers, kaiming_uniform, key_a, key_b, layers_of, scale_array
+from fedtune.method import BaseModel, ClientJob, Member
+from fedtune.tensors import DTYPES, Array, Manifest, Tensors, TensorSpec, dtype_name
 
 Total = dict[str, exact.ExactSum]
 
@@ -34,18 +36,38 @@ def same_for_all(member: Member, rank: int, alpha: float, why: str) -> Member:
     return Member(member.id, rank, alpha)
 
 
+def any_mix(member: Member, rank: int, alpha: float, largest: int, key: str) -> Member:
+    """Fills in the rank and alpha of a client that names none; an alpha of 0 means 2 r.
+
+    Raises:
+        ProtocolError: a rank that is not from 1 to `largest` (see the configuration's `key`), an alpha not above 0.
+    """
+    rank = member.rank or rank
+    if not 1 <= rank <= largest:
+        raise ProtocolError(problem(f"rank of {member.id}", f"1 to {largest}", rank, f"See {key}"))
+    alpha = member.alpha or alpha or 2.0 * rank
+    if not 0 < alpha < inf:
+        raise ProtocolError(problem(f"alpha of {member.id}", "a number above 0", alpha))
+    return Member(member.id, rank, alpha)
+
+
 def add(total: Total | None, update: Tensors, member: Member, weight: int) -> Total:
     """Adds weight * array as integers, into `total` itself; a value too large changes nothing.
 
     Raises:
         WireError: a magnitude of 2048 and more.
     """
-    for name, array in update.items():
-        exact.check_magnitude(array, f"{name} of {member.id}")
+    check(update, member)
     return {
         name: exact.add(total[name] if total else None, array, weight, f"{name} of {member.id}")
         for name, array in update.items()
     }
+
+
+def check(update: Tensors, member: Member, scale: float = 1.0) -> None:
+    """Raises WireError when B, or `scale` times A, holds a magnitude of 2048 and more: training diverged."""
+    for name, array in update.items():
+        exact.check_magnitude(array, f"{name} of {member.id}", scale if name.endswith("/A") else 1.0)
 
 
 def means(state: Tensors, total: Total, weight: int) -> dict[str, Array]:
@@ -58,6 +80,36 @@ def only(state: Tensors, side: str) -> dict[str, Array]:
     return {name: array for name, array in state.items() if name.endswith(f"/{side}")}
 
 
-def as_sent(factors: Tensors, expected: Manifest) -> dict[str, Array]:
-    """Picks what the template asks for, in its order and dtype."""
-    return {spec.name: factors[spec.name].astype(DTYPES[spec.dtype], copy=False) for spec in expected.specs}
+def as_sent(job: ClientJob, trained: Tensors, expected: Manifest, uplink: Compression) -> Tensors:
+    """Picks what the template asks for, in its order and dtype: factors, or how far they moved, compressed."""
+    factors = {spec.name: trained[spec.name].astype(DTYPES[spec.dtype], copy=False) for spec in expected.specs}
+    return factors if uplink.exact else uplink.carry(change(factors, job.attached()), expected, job.memory)
+
+
+def as_trained(state: Tensors, update: Tensors, uplink: Compression) -> Tensors:
+    """Returns the factors that `as_sent` sent."""
+    return update if uplink.exact else changed(state, update)
+
+
+def layers_in(factors: Tensors) -> tuple[str, ...]:
+    """Lists the layers of which there is a factor, of either side, in their order."""
+    return tuple(dict.fromkeys(name[:-2] for name in factors if name.endswith(("/A", "/B"))))
+
+
+def of_rank(factors: Tensors, rank: int) -> Manifest:
+    """Describes the factors of these layers at another rank: A of (rank, I) and B of (O, rank)."""
+    specs = []
+    for layer in layers_of(factors):
+        a, b = factors[key_a(layer)], factors[key_b(layer)]
+        specs.append(TensorSpec(key_a(layer), (rank, a.shape[1]), dtype_name(a)))
+        specs.append(TensorSpec(key_b(layer), (b.shape[0], rank), dtype_name(b)))
+    return Manifest(tuple(specs))
+
+
+def sliced(factors: Tensors, rank: int, of_a: float, of_b: float) -> dict[str, Array]:
+    """Takes the leading `rank` rows of every A times `of_a`, and columns of every B times `of_b`; float32."""
+    wide = {name: array.astype(np.float32) for name, array in factors.items()}
+    return {
+        name: scale_array(a[:rank], of_a) if name.endswith("/A") else scale_array(a[:, :rank], of_b)
+        for name, a in wide.items()
+    }

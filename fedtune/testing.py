@@ -76,12 +76,16 @@ class ToyJob:
         self._worker.report(self.member)
         return factors
 
+    def attached(self) -> Tensors:
+        """Returns the attached factors."""
+        if self._worker.attached is None:
+            raise ProtocolError(problem("adapter", "one attached before training", "none"))
+        return self._worker.attached[1]
+
     def train_attached(self, frozen: Collection[str] = ()) -> Tensors:
         """Adds a draw to the attached adapter, but for the frozen sides."""
         rng = np.random.Generator(np.random.Philox(key=self.seed))
-        if self._worker.attached is None:
-            raise ProtocolError(problem("adapter", "one attached before training", "none"))
-        _, factors = self._worker.attached
+        factors = self.attached()
         self._worker.report(self.member)
         drawn = {n: rng.normal(0, 0.1, a.shape).astype(np.float32) for n, a in factors.items()}
         return {n: a if n.rsplit("/", 1)[1] in frozen else a + drawn[n] for n, a in factors.items()}

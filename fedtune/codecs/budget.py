@@ -10,13 +10,16 @@ from fedtune.codecs.ternary_format import floating
 from fedtune.errors import WireError, problem
 from fedtune.tensors import Array, Manifest, Tensors
 
-_TRIES = 8
+MOST = 0.5
+"""Beyond it one scale has to stand for ever smaller values: of a normal distribution no more would be gained."""
+_TRIES = 10
+_BACK = 0.9  # while nothing fits, step back further than the excess says
 _CLOSE = 0.99  # of the budget used: good enough
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """As many signs as fit into `nbytes` bytes; `ternary` says the rest.
+    """As many signs as fit into `nbytes` bytes, but at most half of the values; `ternary` says the rest.
 
     Guarantees: the payload is a function of the tensors and the budget alone, and never longer than the budget.
     """
@@ -30,18 +33,17 @@ class Budget:
         Raises:
             WireError: not even one value fits, or `tensors` are not what `manifest` says.
         """
-        best, low, high, density = b"", 0.0, 1.0, self.density(manifest)
+        best, low, high, density = b"", 0.0, MOST, self.density(manifest)
         for _ in range(_TRIES):
             payload = b"".join(replace(self.ternary, density=density).encode(tensors, manifest))
             if len(payload) <= self.nbytes:
                 best, low = max(best, payload, key=len), density
             else:
                 high = density
-            if density == 1 and low == 1 or self.nbytes * _CLOSE <= len(payload) <= self.nbytes:
+            if low == MOST or self.nbytes * _CLOSE <= len(payload) <= self.nbytes:
                 break
-            density = min(1.0, density * self.nbytes / len(payload))
-            if not low < density < high and density != 1:
-                density = (low + high) / 2
+            guess = density * self.nbytes / len(payload) * (1 if best else _BACK)
+            density = min(guess, MOST) if low < guess < high or low < high == MOST else (low + high) / 2
         yield best or self._smallest(tensors, manifest)
 
     def decode(self, payload: memoryview | bytes, manifest: Manifest) -> dict[str, Array]:
@@ -57,9 +59,7 @@ class Budget:
     def density(self, manifest: Manifest) -> float:
         """Returns the density at which the bound, (H(p) + p) bits a value, meets the budget."""
         bits = 8 * self.nbytes / max(1, sum(size_of(spec) for spec in floating(manifest)))
-        low, high = 0.0, 2 / 3  # where H(p) + p is largest: log2(3)
-        if bits >= log2(3):
-            return 1.0
+        low, high = 0.0, MOST
         for _ in range(40):
             middle = (low + high) / 2
             low, high = (middle, high) if _bits(middle) < bits else (low, middle)

@@ -29,7 +29,7 @@ class Compression:
         codec: `raw` (all bits), `bf16`, `int8` and `int4` (blocks of 64 values with one scale each), or `ternary`
             (ComPEFT: the largest values, of each only the sign).
         density: share of the values that `ternary` keeps.
-        budget_kb: thousand bytes an update may have; `ternary` then keeps as much as fits, whatever `density` says. 0
+        budget_kb: thousand bytes an update may have; `ternary` then keeps what fits, at most half, whatever `density` is. 0
             is no budget.
         alpha: `ternary` multiplies its scale by this.
         scale: of `ternary`: `least-squares` (mean magnitude of the kept values) or `std` (of all values: the paper's).
@@ -69,9 +69,7 @@ class Compression:
             return Narrow()
         if self.codec != "ternary":
             return Blocks(bits=8 if self.codec == "int8" else 4)
-        ternary = Ternary(
-            density=self.density, alpha=self.alpha, scale=self.scale, top=self.top, sigma=self.sigma
-        )
+        ternary = Ternary(density=self.density, alpha=self.alpha, scale=self.scale, top=self.top, sigma=self.sigma)
         return Budget(ternary=ternary, nbytes=int(self.budget_kb * 1000)) if self.budget_kb else ternary
 
     def carry(self, update: Tensors, manifest: Manifest, memory: dict[str, Array]) -> Tensors:
@@ -105,5 +103,5 @@ def change(after: Tensors, before: Tensors) -> dict[str, Array]:
 
 
 def changed(before: Tensors, by: Tensors) -> dict[str, Array]:
-    """Returns `before` plus `by`, taken in float64 and rounded to the dtypes of `before`."""
-    return {n: (array.astype(np.float64) + by[n]).astype(array.dtype) for n, array in before.items()}
+    """Returns `before` plus `by`, for the names of `by`, taken in float64 and rounded to the dtypes of `before`."""
+    return {n: (before[n].astype(np.float64) + array).astype(before[n].dtype) for n, array in by.items()}

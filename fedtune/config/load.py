@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from fedtune.codecs.compression import Compression
 from fedtune.config.schema import Config
 from fedtune.errors import ConfigError
 from fedtune.method import Method
@@ -66,8 +67,8 @@ def _method(raw: Any) -> tuple[Method, list[str]]:
 
 def _override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
-    section, dot, field = key.strip().partition(".")
-    if not (equals and dot and field):
+    *sections, field = key.strip().split(".")
+    if not (equals and field and all(sections) and sections):
         raise ConfigError(f"--set {text}: expected section.key=value, such as rounds.count=5")
     if "\n" in text:
         raise ConfigError(f"--set {key.strip()}: expected one line, got {text!r}; write \\n inside double quotes")
@@ -75,7 +76,10 @@ def _override(raw: dict[str, Any], text: str) -> None:
         parsed = tomllib.loads(f"value = {value.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
-    if isinstance(table := raw.setdefault(section, {}), dict):  # anything else is reported by `parse`
+    table: Any = raw
+    for section in sections:
+        table = table.setdefault(section, {}) if isinstance(table, dict) else None
+    if isinstance(table, dict):  # anything else is reported by `parse`
         table[field] = parsed
 
 
@@ -99,6 +103,8 @@ def _known(section: list[str], raw: dict[str, Any]) -> list[str]:
     if not section:
         return [field.name for field in fields(Config)]
     if section[0] == "method":
+        if len(section) > 1:
+            return [f.name for f in fields(Compression)]
         method = METHODS.get(str(raw.get("method", {}).get("name", "flora")))
         return ["name", *(f.name for f in fields(method))] if method and is_dataclass(method) else ["name"]
     kind = next((field.type for field in fields(Config) if field.name == section[0]), None)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedtune.codecs.compression import Compression
 from fedtune.config.schema import Config
 from fedtune.methods import METHODS, FLoRA
 
@@ -106,6 +107,7 @@ def reference() -> str:
             parts.append(_table(f"## `[{section}]`: {_SUMMARY[section]}", keys(section)))
     for name, kind in METHODS.items():
         parts.append(_table(f'## `[method]` with `name = "{name}"`', keys("method", kind)))
+    parts.append(_table("## `[method.uplink]`: how tensors travel", keys("method.uplink", Compression)))
     return "\n".join(parts)
 
 
@@ -169,7 +171,8 @@ def _shown(default: object) -> str:
 def _default(field: "dataclasses.Field[Any]") -> object:
     """The default of a schema field, whether given plainly or through pydantic's `Field`."""
     default = field.default
-    return getattr(default, "default", default) if type(default).__name__ == "FieldInfo" else default
+    default = getattr(default, "default", default) if type(default).__name__ == "FieldInfo" else default
+    return default.codec if isinstance(default, Compression) else default
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from fedtune import averaging, personal
+from fedtune.codecs.compression import Compression, Link
 from fedtune.lora import LoraSpec, layers_of, save_peft
 from fedtune.method import BaseModel, ClientJob, Member, Method
 from fedtune.tensors import Manifest, Tensors
@@ -29,8 +30,10 @@ class FedAvgLoRA(Method):
         target_modules: last parts of the names of adapted modules, or `all-linear`.
         dropout: LoRA dropout while training.
         rslora: scale by alpha / sqrt(r) instead of alpha / r.
-        dtype: of the factors on the wire and in the state.
+        dtype: of the factors in the state, and on the wire while nothing compresses them.
         personal: layers or factors that every client keeps to itself: globs such as `layers.3.*` or `lora_B`.
+        uplink: how updates travel: the name of a codec, or a table of the keys below. All but `raw` send how far the
+            factors moved.
     """
 
     name: ClassVar[str] = "fedavg-lora"
@@ -42,6 +45,7 @@ class FedAvgLoRA(Method):
     rslora: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     personal: tuple[str, ...] = ()
+    uplink: Link = Compression()
 
     def init(self, base: BaseModel, seed: int) -> Tensors:
         """Draws A as PEFT does, from `seed`; B is zero."""
@@ -73,7 +77,11 @@ class FedAvgLoRA(Method):
         """Continues to train the attached adapter."""
         trained = job.train_attached()
         personal.keep(job, trained, expected)
-        return averaging.as_sent(trained, expected)
+        return averaging.as_sent(job, trained, expected, self.uplink)
+
+    def decode(self, payload: memoryview | bytes, state: Tensors, member: Member) -> Tensors:
+        """Reads a client's factors; what was compressed is how far they are from the state's."""
+        return averaging.as_trained(state, super().decode(payload, state, member), self.uplink)
 
     def template(self, state: Tensors, member: Member) -> Manifest:
         """Expects what was sent."""

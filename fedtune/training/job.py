@@ -60,15 +60,13 @@ class TorchJob:
         """Trains a new adapter: A drawn from the job's seed, B zero."""
         return self._worker.fit(spec, self.fresh(spec), self.seed)
 
-    def train_attached(self, frozen: Collection[str] = ()) -> Tensors:
-        """Trains the attached adapter further, but for the `frozen` sides.
+    def attached(self) -> Tensors:
+        """Returns the factors of the attached adapter; raises ProtocolError when there is none."""
+        return self._attached()[1]
 
-        Raises:
-            ProtocolError: none is attached.
-        """
-        if self._worker.attached is None:
-            raise ProtocolError(problem("adapter", "one attached before training", "none"))
-        return self._worker.fit(*self._worker.attached, self.seed, frozen)
+    def train_attached(self, frozen: Collection[str] = ()) -> Tensors:
+        """Trains the attached adapter further, but for the `frozen` sides; raises ProtocolError when there is none."""
+        return self._worker.fit(*self._attached(), self.seed, frozen)
 
     def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
         """Sets all weights to base + 2**-exponent * sum_k c_k z_k; returns the SHA-256 of the model."""

@@ -1,0 +1,130 @@
+"""A direction's compression as configured: what it encodes, what it carries, and how it keeps to a budget."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from fedtune.codecs import raw
+from fedtune.codecs.budget import Budget
+from fedtune.codecs.compression import RESIDUAL, Compression, Link, change, changed
+from fedtune.codecs.feedback import units
+from fedtune.codecs.ternary import Ternary
+from fedtune.errors import WireError
+from fedtune.tensors import Manifest, digest
+
+
+def tensors(seed=0, rows=40, dtype=np.float32):
+    rng = np.random.Generator(np.random.Philox(seed))
+    return {"a": rng.normal(size=(rows, 30)).astype(dtype), "b": 3 * rng.normal(size=rows).astype(dtype)}
+
+
+def sent(how, bag):
+    manifest = Manifest.of(bag)
+    payload = b"".join(how.coder.encode(bag, manifest))
+    assert len(payload) <= how.coder.largest(manifest)
+    return payload, how.coder.decode(payload, manifest)
+
+
+@pytest.mark.parametrize(("codec", "limit"), [("bf16", 0.51), ("int8", 0.26), ("int4", 0.14), ("ternary", 0.04)])
+def test_each_codec_is_smaller_than_the_one_before(codec, limit):
+    bag = tensors()
+    payload, back = sent(Compression(codec=codec), bag)
+    assert len(payload) < limit * Manifest.of(bag).nbytes
+    apart = np.linalg.norm(back["a"] - bag["a"]) / np.linalg.norm(bag["a"])
+    assert apart < {"bf16": 0.003, "int8": 0.01, "int4": 0.15, "ternary": 0.8}[codec]
+
+
+def test_raw_is_the_plain_codec():
+    bag = tensors()
+    how = Compression()
+    assert how.exact
+    assert sent(how, bag)[0] == b"".join(raw.encode(bag, Manifest.of(bag)))
+    assert not Compression(codec="bf16").exact
+
+
+def test_the_keys_of_a_ternary_codec_reach_it():
+    how = Compression(codec="ternary", density=0.3, alpha=2.0, scale="std", top="tensor", sigma="vector")
+    assert how.coder == Ternary(density=0.3, alpha=2.0, scale="std", top="tensor", sigma="vector")
+
+
+def test_a_name_stands_for_a_table():
+    adapter = TypeAdapter(Link)
+    assert adapter.validate_python("int8") == Compression(codec="int8")
+    assert adapter.validate_python({"codec": "ternary", "density": 0.5}) == Compression(codec="ternary", density=0.5)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"codec": "zip"},
+        {"codec": "int8", "budget_kb": 5},
+        {"feedback": True},
+        {"codec": "ternary", "density": 0},
+        {"codec": "ternary", "density": 1.1},
+        {"codec": "ternary", "alpha": 0},
+        {"codec": "ternary", "alpha": float("nan")},
+        {"codec": "ternary", "budget_kb": -1},
+        {"codec": "ternary", "dense": 1},
+    ],
+)
+def test_nonsense_is_refused(bad):
+    with pytest.raises(ValidationError):
+        TypeAdapter(Link).validate_python(bad)
+
+
+def test_nothing_is_carried_unless_asked():
+    bag, memory = tensors(), {}
+    assert Compression(codec="int4").carry(bag, Manifest.of(bag), memory) is bag
+    assert memory == {}
+
+
+@pytest.mark.parametrize("how", [Compression(codec="int4", feedback=True), Compression(codec="ternary", feedback=True)])
+def test_what_is_left_out_is_carried_under_its_own_names(how):
+    memory = {"personal/x": np.ones(2)}
+    wanted = {"a": 0, "b": 0}
+    arrived = {"a": 0, "b": 0}
+    for seed in range(5):
+        bag = tensors(seed)
+        payload, back = sent(how, how.carry(bag, Manifest.of(bag), memory))
+        assert payload
+        for name in wanted:
+            wanted[name] = wanted[name] + units(bag[name], name)
+            arrived[name] = arrived[name] + units(back[name], name)
+    assert sorted(memory) == ["personal/x", RESIDUAL + "a", RESIDUAL + "b"]
+    for name in wanted:
+        np.testing.assert_array_equal(arrived[name] + memory[RESIDUAL + name], wanted[name])
+
+
+def test_a_change_leads_from_one_to_the_other():
+    before, after = tensors(1), tensors(2)
+    np.testing.assert_allclose(changed(before, change(after, before))["a"], after["a"], rtol=0, atol=1e-6)
+    assert digest(changed(before, {})) == digest({})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 60), st.integers(0, 3), st.integers(150, 4000))
+def test_a_budget_is_kept_and_used(rows, seed, nbytes):
+    bag = tensors(seed, rows)
+    manifest = Manifest.of(bag)
+    budget = Budget(ternary=Ternary(scale="least-squares", sigma="tensor"), nbytes=nbytes)
+    payload = b"".join(budget.encode(bag, manifest))
+    assert len(payload) <= nbytes
+    most = len(b"".join(Ternary(density=0.5, scale="least-squares", sigma="tensor").encode(bag, manifest)))
+    assert len(payload) >= min(0.93 * nbytes - 12, most)
+    assert payload == b"".join(budget.encode(bag, manifest))
+    assert digest(budget.decode(payload, manifest)) == digest(Ternary().decode(payload, manifest))
+
+
+def test_a_budget_for_nothing_is_refused_with_what_it_takes():
+    bag = tensors()
+    with pytest.raises(WireError, match=r"budget: expected at least \d+ bytes, got 10\. Raise budget_kb"):
+        list(Budget(ternary=Ternary(), nbytes=10).encode(bag, Manifest.of(bag)))
+
+
+def test_a_payload_beyond_the_budget_is_refused():
+    bag = tensors()
+    payload = b"".join(Ternary().encode(bag, Manifest.of(bag)))
+    with pytest.raises(WireError, match="at most 50 bytes"):
+        Budget(ternary=Ternary(), nbytes=50).decode(payload, Manifest.of(bag))
