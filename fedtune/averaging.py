@@ -80,14 +80,18 @@ def only(state: Tensors, side: str) -> dict[str, Array]:
     return {name: array for name, array in state.items() if name.endswith(f"/{side}")}
 
 
-def as_sent(job: ClientJob, trained: Tensors, expected: Manifest, uplink: Compression) -> Tensors:
-    """Picks what the template asks for, in its order and dtype: factors, or how far they moved, compressed."""
-    factors = {spec.name: trained[spec.name].astype(DTYPES[spec.dtype], copy=False) for spec in expected.specs}
+def as_sent(factors: Tensors, expected: Manifest) -> dict[str, Array]:
+    """Picks what the template asks for, in its order and dtype."""
+    return {spec.name: factors[spec.name].astype(DTYPES[spec.dtype], copy=False) for spec in expected.specs}
+
+
+def moved(job: ClientJob, factors: Tensors, expected: Manifest, uplink: Compression) -> Tensors:
+    """Returns factors as they are to be encoded: how far they moved from the attached ones, unless all bits travel."""
     return factors if uplink.exact else uplink.carry(change(factors, job.attached()), expected, job.memory)
 
 
-def as_trained(state: Tensors, update: Tensors, uplink: Compression) -> Tensors:
-    """Returns the factors that `as_sent` sent."""
+def arrived(state: Tensors, update: Tensors, uplink: Compression) -> Tensors:
+    """Returns the factors that `moved` was given, as far as the uplink kept them."""
     return update if uplink.exact else changed(state, update)
 
 

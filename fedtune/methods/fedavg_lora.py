@@ -77,11 +77,11 @@ class FedAvgLoRA(Method):
         """Continues to train the attached adapter."""
         trained = job.train_attached()
         personal.keep(job, trained, expected)
-        return averaging.as_sent(job, trained, expected, self.uplink)
+        return averaging.moved(job, averaging.as_sent(trained, expected), expected, self.uplink)
 
     def decode(self, payload: memoryview | bytes, state: Tensors, member: Member) -> Tensors:
         """Reads a client's factors; what was compressed is how far they are from the state's."""
-        return averaging.as_trained(state, super().decode(payload, state, member), self.uplink)
+        return averaging.arrived(state, super().decode(payload, state, member), self.uplink)
 
     def template(self, state: Tensors, member: Member) -> Manifest:
         """Expects what was sent."""
