@@ -68,7 +68,10 @@ class ClientJob(Protocol):
     seed: int
 
     def merge(self, factors: Tensors) -> None:
-        """Adds B A of each layer to the base weights for good; `factors` hold `layer/A` (R, I), `layer/B` (O, R)."""
+        """Adds B A of each layer to the base weights; `factors` hold `layer/A` (R, I), `layer/B` (O, R)."""
+
+    def rebase(self) -> None:
+        """Goes back to the base as it was before anything was merged, bit for bit, with no adapter attached."""
 
     def attach(self, spec: LoraSpec, factors: Tensors) -> None:
         """Puts a LoRA adapter beside the base; factors that are left out stay those attached before."""
@@ -139,11 +142,18 @@ class Method(ABC):
     def finish(self, state: Tensors, total: Any, weight: int) -> Tensors:
         """Returns the next version of the state from a total of summed `weight`."""
 
-    def notes(self, total: Any) -> dict[str, list[str]]:
-        """Says what `finish` makes of a total that a round's record should tell: a word, and ids of clients, sorted."""
+    def notes(self, state: Tensors, total: Any) -> dict[str, list[str]]:
+        """Says what `finish` made of a total that a round's record should tell: by a word, ids of clients or figures.
+
+        `state` is what it returned.
+        """
         return {}
 
     # client: works through the verbs of the job, so this file never imports torch
+    def replaces(self, received: Tensors) -> bool:
+        """Whether a broadcast takes the place of all that the client has received before, instead of adding to it."""
+        return False
+
     @abstractmethod
     def install(self, job: ClientJob, received: Tensors) -> None:
         """Brings the client's model to the version that `broadcast` described."""

@@ -47,6 +47,7 @@ class Round:
     total: Any = None
     weight: int = 0
     members: list[str] = field(default_factory=list)
+    closed: Tensors | None = None
 
     def task(self, member: Member, since: int = -1) -> Task:
         """Prepares the turn of a client that has version `since` of the state (-1: only the base).
@@ -85,11 +86,12 @@ class Round:
         """Returns the next version of the state; raises RoundError when nobody replied."""
         if not self.members:
             raise RoundError(problem(f"round {self.number}", "at least one update", "none"))
-        return self.method.finish(self.state, self.total, self.weight)
+        self.closed = self.method.finish(self.state, self.total, self.weight)
+        return self.closed
 
     def notes(self) -> dict[str, list[str]]:
-        """What the method has to say of the updates so far: which clients it left out, and why."""
-        return self.method.notes(self.total) if self.members else {}
+        """What the method has to say of how it closed the round, such as whom it left out; nothing before that."""
+        return self.method.notes(self.closed, self.total) if self.closed is not None else {}
 
 
 @dataclass
@@ -115,6 +117,8 @@ class Replica:
         if task.since != self.version:
             raise WireError(problem("task.since", f"the version this client holds ({self.version})", task.since))
         method.install(job, task.payload)
+        if method.replaces(task.payload):
+            self.leaves.clear()
         self.leaves.update({name: leaf_digest(name, array) for name, array in task.payload.items()})
         self.version = task.version
 

@@ -51,6 +51,10 @@ class ToyJob:
             product = factors[key_b(layer)].astype(np.float32) @ factors[key_a(layer)].astype(np.float32)
             self._worker.weights[f"{layer}.weight"] = self._worker.weights[f"{layer}.weight"] + product
 
+    def rebase(self) -> None:
+        """Goes back to the weights in the file."""
+        self._worker.reset()
+
     def attach(self, spec: LoraSpec, factors: Tensors) -> None:
         """Remembers the adapter."""
         self._worker.attached = spec, overlaid(spec, self._worker.attached, factors)

@@ -108,7 +108,7 @@ class FedKSeed(Method):
             now = levels(after[_SIZES], after[_COUNTS])
         return {**after, **self._public(scalars, now, int(state["exponent"][0]))}
 
-    def notes(self, total: Total) -> dict[str, list[str]]:
+    def notes(self, state: Tensors, total: Total) -> dict[str, list[str]]:
         """Names the clients whose model disagreed, those multi-Krum left out, and those whose K-vector was clipped."""
         model, used = self._used(total)
         here = joined(total[model]).members

@@ -45,8 +45,13 @@ class TorchJob:
         self.seed = seed
 
     def merge(self, factors: Tensors) -> None:
-        """Adds B A of each layer to the base weights for good; layers of rank 0 stay as they are."""
+        """Adds B A of each layer to the base weights; layers of rank 0 stay as they are."""
         self._worker.base.merge(factors)
+
+    def rebase(self) -> None:
+        """Goes back to the base as it was, with no adapter attached."""
+        self._worker.base.reset()
+        self._worker.attached = None
 
     def attach(self, spec: LoraSpec, factors: Tensors) -> None:
         """Remembers an adapter beside the base; it is put into the model only while it trains."""

@@ -244,7 +244,7 @@ def test_a_long_update_is_clipped_and_named(base):
     method = FedKSeed(**SMALL, clip_norm=5.0)
     total = method.fold(None, _update(method, [0, 1], [30.0, 40.0]), Member("a"), 1)
     total = method.fold(total, _update(method, [2], [1.0]), Member("b"), 1)
-    assert method.notes(total) == {"clipped": ["a"]}
+    assert method.notes({}, total) == {"clipped": ["a"]}
     assert _scalars(method.finish(method.init(base, 1), total, 2))[:3] == pytest.approx([1.5, 2.0, 0.5], abs=1e-8)
 
 
