@@ -10,6 +10,7 @@ import typer
 from fedtune.cli.console import out
 from fedtune.errors import ConfigError, ModelError, StorageError, problem
 from fedtune.installed import need_training
+from fedtune.methods.fedkseed import FILE
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -47,25 +48,31 @@ def export(
 
 
 def find_adapter(source: Path, number: int = 0) -> Path:
-    """Returns the adapter folder that a run folder and a round (0: the last) mean; an adapter folder is itself.
+    """Returns the folder with the result that a run folder and a round (0: the last) mean; such a folder is itself.
+
+    A result is a PEFT adapter, or the coefficients of FedKSeed.
 
     Raises:
         ModelError: there is none.
     """
-    if (source / _ADAPTER[0]).exists() and not number:
+    if _is_result(source) and not number:
         return source
-    found = {int(path.parent.name): path.parent for path in source.glob(f"rounds/[0-9]*/{_ADAPTER[0]}")}
+    found = {int(path.name): path for path in source.glob("rounds/[0-9]*") if _is_result(path)}
     if number:
         if number not in found:
             closed = ", ".join(str(n) for n in sorted(found)) or "none"
             raise ModelError(problem(f"round {number} of {source}", f"a closed round (closed: {closed})", "none"))
         return found[number]
-    if (source / "final" / _ADAPTER[0]).exists():
+    if _is_result(source / "final"):
         return source / "final"
     if found:
         return found[max(found)]
     want = "a run folder with a closed round, or a PEFT adapter folder"
     raise ModelError(problem(str(source), want, "neither"))
+
+
+def _is_result(folder: Path) -> bool:
+    return (folder / _ADAPTER[0]).exists() or (folder / FILE).exists()
 
 
 def _copy(adapter: Path, target: Path, base: str) -> None:

@@ -1,0 +1,292 @@
+"""Runs a study: the arms of one configuration over several seeds, then a table and plots.
+
+    python simulations/study.py simulations/NAME [--out DIR] [--only ARM ...] [--jobs N] [--set section.key=value ...]
+
+A study is a folder with `config.toml`, which every arm starts from, and `arms.toml`, which says what each arm changes
+and what is drawn. Every arm is an ordinary `fedtune simulate` or `fedtune train`. Run the same command again to go on: an
+arm that is done is not run again, and a simulation that was cut short continues in its round. Other settings need
+another --out.
+
+`arms.toml`:
+
+    rows = 600                      # held-out rows for the table; during a run `data.held_out_rows` are looked at
+    [[arm]]
+    name = "flora"                  # of its folder
+    title = "FLoRA"                 # in table and plots
+    set = ["method.name=flora"]
+    seeds = [0, 1, 2]               # `run.seed` of each repetition; it draws clients, held-out rows and all else
+    command = "simulate"            # or "train": all rows in one place
+    each_client = true              # with "train": every client alone on its rows; the table shows their mean
+    [[plot]]
+    file = "bytes.png"
+    x = "bytes"                     # of one client, up and down; or "round", or "seconds"
+    arms = ["flora"]                # none means all
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fedtune.config import Config, load
+
+LABELS = {"round": "round", "bytes": "bytes of one client, up and down", "seconds": "seconds"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table: a command, the keys it changes, and the seeds it is repeated with."""
+
+    name: str
+    title: str
+    set: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    command: str = "simulate"
+    each_client: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One picture: held-out loss against `x`, a line an arm."""
+
+    file: str
+    x: str
+    arms: tuple[str, ...] = ()
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command of one arm and seed."""
+
+    arm: Arm
+    seed: int
+    index: int = -1
+
+    @property
+    def name(self) -> str:
+        """Of its folder and its report."""
+        return f"{self.arm.name}-s{self.seed}" + (f"-c{self.index:02d}" if self.index >= 0 else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one seed of an arm gave.
+
+    Attributes:
+        base, figures: of the base and of the final adapter, on many rows.
+        path: held-out loss at the base and after each round, on few rows.
+        up, down: bytes after each round, of all clients together.
+        seconds: after each round.
+    """
+
+    arm: str
+    seed: int
+    base: dict[str, float]
+    figures: dict[str, float]
+    path: list[float]
+    up: list[int]
+    down: list[int]
+    seconds: list[float]
+    clients: int
+
+
+class Study:
+    """A folder's arms, run into another folder."""
+
+    def __init__(self, folder: Path, out: Path, extra: list[str], only: list[str]) -> None:
+        about = tomllib.loads((folder / "arms.toml").read_text())
+        arms = [Arm(**{k: tuple(v) if isinstance(v, list) else v for k, v in arm.items()}) for arm in about["arm"]]
+        if strangers := set(only) - {arm.name for arm in arms}:
+            raise SystemExit(f"--only: expected names of arms.toml, got {sorted(strangers)}")
+        self.arms = [arm for arm in arms if not only or arm.name in only]
+        self.plots = [Plot(**{**p, "arms": tuple(p.get("arms", ()))}) for p in about.get("plot", [])]
+        self.rows: int = about["rows"]
+        self.file, self.out, self.extra = folder / "config.toml", out, extra
+        self.clients = self._config(()).simulation.clients
+
+    def jobs(self) -> list[Job]:
+        """Every command there is to run, the first seed of all arms before the second of any."""
+        pairs = [(arm, seed) for arm in self.arms for seed in arm.seeds]
+        pairs.sort(key=lambda pair: pair[0].seeds.index(pair[1]))
+        return [Job(arm, seed, i) for arm, seed in pairs for i in (range(self.clients) if arm.each_client else (-1,))]
+
+    def run(self, job: Job) -> None:
+        """Runs one command unless its report is there already."""
+        result = self.out / f"{job.name}.json"
+        if result.exists():
+            return
+        print(f"{job.name}: {job.arm.title}", flush=True)
+        folder = self.out / job.name
+        sets = [*self._sets(job), f"run.folder={folder}"]
+        index = ["--index", str(job.index)] if job.index >= 0 else []
+        with (self.out / f"{job.name}.log").open("a") as log:
+            command = _fedtune(job.arm.command, self.file, sets, *index, "--plain")
+            subprocess.run(command, check=True, stdout=log, stderr=log)
+        result.write_text((folder / "report.json").read_text())
+
+    def measure(self, job: Job) -> dict[str, dict[str, float]]:
+        """Figures of the base and of a job's final adapter, on more rows than are looked at during a run."""
+        path = self.out / f"{job.name}.final.json"
+        if not path.exists():
+            print(f"{job.name}: measuring on {self.rows} rows", flush=True)
+            sets = [*self._sets(job), f"data.held_out_rows={self.rows}", f"run.folder={self.out}", "client.threads=1"]
+            adapter = ("--adapter", str(self.out / job.name))
+            done = subprocess.run(
+                _fedtune("evaluate", self.file, sets, *adapter, "--json"), check=True, stdout=subprocess.PIPE, text=True
+            )
+            found = json.loads(done.stdout)
+            path.write_text(json.dumps({"base": found["base"], "final": found[adapter[1]]}, indent=2) + "\n")
+        return json.loads(path.read_text())
+
+    def row(self, job: Job) -> Row:
+        """Takes from a report, and from the last measurement, what table and plots show."""
+        report, final = json.loads((self.out / f"{job.name}.json").read_text()), self.measure(job)
+        clients = self._config(self._sets(job)).simulation.clients
+        if job.arm.command == "train":
+            path = [report["held_out"][when]["loss"] for when in ("base", "final")]
+            seconds = [report["training"]["seconds"]]
+            return Row(job.arm.name, job.seed, final["base"], final["final"], path, [], [], seconds, clients)
+        rounds = report["rounds"]
+        path = [report["held_out"]["base"]["loss"], *(r["held_out"]["loss"] for r in rounds)]
+        up, down = (_sums(r[key] for r in rounds) for key in ("bytes_up", "bytes_down"))
+        seconds = _sums(r["seconds"] for r in rounds)
+        return Row(job.arm.name, job.seed, final["base"], final["final"], path, up, down, seconds, clients)
+
+    def _sets(self, job: Job) -> list[str]:
+        return [*self.extra, *job.arm.set, f"run.seed={job.seed}"]
+
+    def _config(self, sets: Iterable[str]) -> Config:
+        return load(self.file, tuple(sets))
+
+
+def mean_of(rows: list[Row]) -> Row:
+    """Joins clients that train alone, with the same seed, into one row of their means; any other row is alone."""
+    figures = {key: fmean(r.figures[key] for r in rows) for key in rows[0].figures}
+    path = [fmean(losses) for losses in zip(*(r.path for r in rows), strict=True)]
+    seconds = [sum(s) for s in zip(*(r.seconds for r in rows), strict=True)]
+    first = rows[0]
+    return Row(first.arm, first.seed, first.base, figures, path, first.up, first.down, seconds, first.clients)
+
+
+def table(arms: list[Arm], rows: list[Row]) -> str:
+    """Markdown, one line an arm: mean and standard deviation over seeds; bytes of one client over the whole run."""
+    lines = [
+        "| | seeds | held-out loss | accuracy | up, a client | down, a client | seconds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| base model | | {_spread([r.base['loss'] for r in rows])} | {_accuracy([r.base for r in rows])} | | | |",
+    ]
+    for arm in arms:
+        mine = [r for r in rows if r.arm == arm.name]
+        moved = [_size(fmean(r[-1] / n for r, n in rs)) if rs else "" for rs in _traffic(mine)]
+        loss, accuracy = _spread([r.figures["loss"] for r in mine]), _accuracy([r.figures for r in mine])
+        seconds = f"{fmean(r.seconds[-1] for r in mine):.0f}"
+        lines.append(f"| {arm.title} | {len(mine)} | {loss} | {accuracy} | {moved[0]} | {moved[1]} | {seconds} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(plot: Plot, arms: list[Arm], rows: list[Row], path: Path) -> None:
+    """Held-out loss against rounds, bytes or seconds: a line for the mean over seeds, a band from least to most."""
+    figure = Figure(figsize=(8, 4.5), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    dashes = iter((":", "--", "-.") * 9)
+    for arm in (a for a in arms if not plot.arms or a.name in plot.arms):
+        mine = [r for r in rows if r.arm == arm.name]
+        if not mine[0].up:
+            level = fmean(r.path[-1] for r in mine)
+            axes.axhline(level, color="#666c74", linestyle=next(dashes), linewidth=1.2, label=arm.title)
+            continue
+        x = [fmean(values) for values in zip(*(_x(plot.x, r) for r in mine), strict=True)]
+        losses = list(zip(*(r.path[1:] for r in mine), strict=True))
+        (line,) = axes.plot(x, [fmean(v) for v in losses], marker="o", markersize=3, label=arm.title)
+        axes.fill_between(x, [min(v) for v in losses], [max(v) for v in losses], color=line.get_color(), alpha=0.15)
+    base = fmean(r.path[0] for r in rows)
+    axes.set(xlabel=LABELS[plot.x], ylabel="held-out loss, nats per answer token")
+    axes.set_ylim(0, base * 1.05)
+    if plot.log:
+        axes.set_xscale("log")
+    axes.set_title(f"base model: {base:.2f}", fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def _fedtune(command: str, file: Path, sets: Iterable[str], *rest: str) -> list[str]:
+    options = [part for change in sets for part in ("--set", change)]
+    return [sys.executable, "-m", "fedtune", command, str(file), *options, *rest]
+
+
+def _sums(values: Iterable[float]) -> list[Any]:
+    total, sums = 0.0, []
+    for value in values:
+        total += value
+        sums.append(type(value)(total))
+    return sums
+
+
+def _x(x: str, row: Row) -> list[float]:
+    if x == "bytes":
+        return [(up + down) / row.clients for up, down in zip(row.up, row.down, strict=True)]
+    return row.seconds if x == "seconds" else [float(n) for n in range(1, len(row.path))]
+
+
+def _traffic(rows: list[Row]) -> tuple[list[tuple[list[int], int]], list[tuple[list[int], int]]]:
+    return [(r.up, r.clients) for r in rows if r.up], [(r.down, r.clients) for r in rows if r.down]
+
+
+def _spread(values: list[float], digits: int = 3) -> str:
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{deviation}"
+
+
+def _accuracy(figures: list[dict[str, float]]) -> str:
+    return _spread([f["accuracy"] for f in figures]) if "accuracy" in figures[0] else ""
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} kB"
+
+
+def main() -> None:
+    """Runs what is missing, then writes `table.md`, `results.json` and the plots into --out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, metavar="simulations/NAME")
+    parser.add_argument("--out", type=Path, help="default: runs/NAME")
+    parser.add_argument("--only", nargs="*", default=[], metavar="ARM")
+    parser.add_argument("--jobs", type=int, default=1, help="commands at a time")
+    parser.add_argument("--set", action="append", default=[], dest="extra", metavar="section.key=value")
+    options = parser.parse_args()
+    out = options.out or Path("runs") / options.study.resolve().name
+    out.mkdir(parents=True, exist_ok=True)
+    study = Study(options.study, out, options.extra, options.only)
+    jobs = study.jobs()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(study.run, jobs))
+        rows = list(pool.map(study.row, jobs))
+    alike = [[r for r, j in zip(rows, jobs, strict=True) if (j.arm, j.seed) == key] for key in _keys(jobs)]
+    joined = [mean_of(group) for group in alike]
+    text = table(study.arms, joined)
+    (out / "table.md").write_text(text)
+    (out / "results.json").write_text(json.dumps([asdict(r) for r in joined], indent=2) + "\n")
+    for plot in study.plots:
+        draw(plot, study.arms, joined, out / plot.file)
+    print(text)
+
+
+def _keys(jobs: list[Job]) -> list[tuple[Arm, int]]:
+    return list(dict.fromkeys((job.arm, job.seed) for job in jobs))
+
+
+if __name__ == "__main__":
+    main()
