@@ -1,7 +1,8 @@
 """A finished update is on disk before it is sent for the first time, and stays there until it is acknowledged.
 
-    outbox/000003.bin    the encoded update, exactly as it travels
-    outbox/000003.json   what it belongs to; its presence says that the bytes are whole
+    outbox/000003.bin      the encoded update, exactly as it travels
+    outbox/000003.memory   what it leaves in the client's memory once it is accepted (`memory.py`)
+    outbox/000003.json     what it belongs to; its presence says that the bytes are whole
 
 Training may have taken hours: neither a crash of this client nor of the coordinator makes it do them again.
 """
@@ -10,11 +11,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from fedtune.errors import StorageError, problem
+from fedtune.tensors import Array, Tensors
+from fedtune_client import memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +37,31 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """A finished update in the outbox."""
+    """A finished update in the outbox.
+
+    `task_id` is of the task it was made for, `memory` the SHA-256 of what it leaves behind (empty: nothing to keep).
+    """
 
     key: Key
+    task_id: str
     weight: int
     nbytes: int
     sha256: str
+    memory: str
     metrics: dict[str, float]
     file: Path
+
+    @property
+    def memory_file(self) -> Path:
+        """Where its memory lies."""
+        return self.file.with_suffix(".memory")
 
 
 class Outbox:
     """The folder of updates that wait for their acknowledgement."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder / "outbox"
+        self._folder, self._memory = folder / "outbox", folder / memory.NAME
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
@@ -62,8 +75,28 @@ class Outbox:
             return None
         return update if _sound(update) else None
 
-    def store(self, key: Key, buffers: Iterable[memoryview | bytes], weight: int, metrics: dict[str, float]) -> Update:
-        """Writes an update; when this returns it survives a crash.
+    def memory(self, run_id: str) -> dict[str, Array]:
+        """Returns what the last accepted update of a run left behind."""
+        return memory.read(self._memory, run_id)
+
+    def store(
+        self,
+        key: Key,
+        task_id: str,
+        buffers: Iterable[memoryview | bytes],
+        weight: int,
+        metrics: dict[str, float],
+        kept: Tensors,
+    ) -> Update:
+        """Writes an update, and what it leaves behind; when this returns both survive a crash.
+
+        Args:
+            key: what it answers.
+            task_id: of the task it was made for.
+            buffers: its bytes.
+            weight: number of examples.
+            metrics: of its training.
+            kept: the client's memory once it is accepted.
 
         Raises:
             StorageError: the disk is full or the folder not writable.
@@ -78,17 +111,38 @@ class Outbox:
 
         try:
             _atomic(file, fill)
-            update = Update(key, weight, nbytes, sha.hexdigest(), metrics, file)
+            update = Update(key, task_id, weight, nbytes, sha.hexdigest(), "", metrics, file)
+            update = self._with_memory(update, kept)
             meta = json.dumps(asdict(update) | {"file": file.name}).encode()
             _atomic(self._meta(key.round), lambda stream: stream.write(meta))
         except OSError as error:
             raise _storage(self._folder, error) from error
         return update
 
+    def accepted(self, update: Update) -> None:
+        """Takes over what an accepted update leaves behind, and forgets the update.
+
+        Raises:
+            StorageError: the folder is not writable.
+        """
+        try:
+            if update.memory and update.memory_file.exists():
+                update.memory_file.replace(self._memory)
+                _sync(self._memory.parent)
+        except OSError as error:
+            raise _storage(self._folder, error) from error
+        self.remove(update)
+
     def remove(self, update: Update) -> None:
-        """Forgets an update that was acknowledged or came too late."""
+        """Forgets an update that came too late or will never be taken, and what it would have left behind."""
         self._meta(update.key.round).unlink(missing_ok=True)
         update.file.unlink(missing_ok=True)
+        update.memory_file.unlink(missing_ok=True)
+
+    def unsettled(self, run_id: str, round_number: int) -> list[Update]:
+        """Lists updates of earlier rounds that leave something behind, in case they were accepted."""
+        found = [self._read(meta) for meta in sorted(self._folder.glob("*.json"))]
+        return [u for u in found if u and u.memory and u.key.run_id == run_id and u.key.round < round_number]
 
     def clear(self) -> None:
         """Forgets all updates: the run they were for is over."""
@@ -100,8 +154,16 @@ class Outbox:
         for meta in self._folder.glob("*.json"):
             update = self._read(meta)
             if update is None or update.key.run_id != run_id or update.key.round < round_number:
-                meta.unlink(missing_ok=True)
-                meta.with_suffix(".bin").unlink(missing_ok=True)
+                for file in (meta, meta.with_suffix(".bin"), meta.with_suffix(".memory")):
+                    file.unlink(missing_ok=True)
+
+    def _with_memory(self, update: Update, kept: Tensors) -> Update:
+        """Writes what an update leaves behind, unless that is nothing and was nothing before."""
+        if not kept and not self._memory.exists():
+            return update
+        data = memory.to_bytes(kept, update.key.run_id)
+        _atomic(update.memory_file, lambda stream: stream.write(data))
+        return replace(update, memory=hashlib.sha256(data).hexdigest())
 
     def _meta(self, round_number: int) -> Path:
         return self._folder / f"{round_number:06d}.json"
@@ -116,16 +178,22 @@ class Outbox:
     def _sweep(self) -> None:
         """Removes what a crash left half written."""
         for file in self._folder.iterdir():
-            if file.suffix == ".tmp" or (file.suffix == ".bin" and not file.with_suffix(".json").exists()):
+            if file.suffix == ".tmp" or (file.suffix != ".json" and not file.with_suffix(".json").exists()):
                 file.unlink(missing_ok=True)
 
 
 def _sound(update: Update) -> bool:
+    """Whether bytes and memory are those that were written; memory that is gone was taken over already."""
     try:
-        with update.file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest() == update.sha256
+        whole = _sha256(update.file) == update.sha256
+        return whole and (not update.memory_file.exists() or _sha256(update.memory_file) == update.memory)
     except OSError:
         return False
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _atomic(path: Path, fill: Callable[[BinaryIO], object]) -> None:
@@ -136,11 +204,15 @@ def _atomic(path: Path, fill: Callable[[BinaryIO], object]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def _storage(folder: Path, error: OSError) -> StorageError:

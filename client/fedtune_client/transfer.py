@@ -51,17 +51,17 @@ class Transfer:
         update = manifest_from_proto(message.update)
         return Task(message.round, have, message.version, broadcast, payload, update)
 
-    def submit(self, message: pb.Task, update: Update) -> pb.SubmitReply:
+    def submit(self, task_id: str, update: Update) -> pb.SubmitReply:
         """Sends an update from the outbox and returns the coordinator's answer."""
         call: grpc.StreamUnaryMultiCallable[bytes, pb.SubmitReply] = self.channel.stream_unary(
             wire.SUBMIT, response_deserializer=pb.SubmitReply.FromString
         )
-        return call(self._frames(message, update))
+        return call(self._frames(task_id, update))
 
-    def _frames(self, message: pb.Task, update: Update) -> Iterator[bytes]:
+    def _frames(self, task_id: str, update: Update) -> Iterator[bytes]:
         yield pb.SubmitHeader(
             client_id=self.client_id,
-            task_id=message.task_id,
+            task_id=task_id,
             weight=update.weight,
             nbytes=update.nbytes,
             sha256=update.sha256,

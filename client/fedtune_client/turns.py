@@ -33,6 +33,7 @@ T = TypeVar("T")
 Gate = Callable[[], AbstractContextManager[object]]
 
 _CLOSED_TRIES = 3
+_REFUSED = (grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.INVALID_ARGUMENT)
 
 
 class Abandoned(Exception):  # noqa: N818  # not an error: the work in hand is no longer wanted
@@ -122,6 +123,7 @@ class Turns:
             return None if self._ended else self._current
 
     def _turn(self, task: pb.Task) -> None:
+        self._settle(task)
         self._outbox.keep_only(self._terms.run_id, task.round)
         key = self._key(task)
         update = self._outbox.find(key)
@@ -133,9 +135,27 @@ class Turns:
         self._submit(update)
         release()
 
+    def _settle(self, task: pb.Task) -> None:
+        """Finds out what became of earlier updates whose answer was lost: an accepted one has changed the memory."""
+        for update in self._outbox.unsettled(self._terms.run_id, task.round):
+            if self._persist(lambda update=update: self._was_taken(update)):
+                self._outbox.accepted(update)
+                self._log.event("update_settled", round=update.key.round)
+
+    def _was_taken(self, update: Update) -> bool:
+        """Offers an update of a closed round again: the coordinator still knows the bytes that it took."""
+        try:
+            return self._transfer.submit(update.task_id, update).status == pb.SUBMIT_STATUS_ACCEPTED
+        except grpc.RpcError as error:
+            if isinstance(error, grpc.Call) and error.code() in _REFUSED:
+                return False
+            raise
+
     def _train(self, message: pb.Task, key: Key) -> Update:
         """Brings the model to the task's version, trains, and puts the encoded update into the outbox."""
         job = self._worker.job(self._terms.shared.method, self._terms.member, message.round)
+        job.memory.clear()
+        job.memory.update(self._outbox.memory(self._terms.run_id))
         self._log.event("task", f"round {message.round}: training", round=message.round, version=message.version)
         if message.round <= self._trained:
             self._forget()  # a second attempt at a round starts from a clean model, as the first one did
@@ -143,7 +163,8 @@ class Turns:
         with self._gate():
             self._go_on()
             encoded = self._work(task, job)
-        update = self._outbox.store(key, encoded, self._worker.examples, _finite(self._worker.metrics))
+        weight, metrics = self._worker.examples, _finite(self._worker.metrics)
+        update = self._outbox.store(key, message.task_id, encoded, weight, metrics, job.memory)
         self._log.event("trained", round=message.round, nbytes=update.nbytes, metrics=update.metrics)
         return update
 
@@ -194,7 +215,7 @@ class Turns:
                     self._current = None
         number = update.key.round
         if reply.status == pb.SUBMIT_STATUS_ACCEPTED:
-            self._outbox.remove(update)
+            self._outbox.accepted(update)
             text = f"round {number}: update accepted ({update.nbytes} bytes)"
             self._log.event("update_accepted", text, round=number, nbytes=update.nbytes)
         else:  # kept until a later round begins: another attempt at this one would ask for it again
@@ -204,7 +225,7 @@ class Turns:
         """Sends once; returns the answer and the id of the task it was sent for."""
         task = self._now()
         try:
-            return task.task_id, self._transfer.submit(task, update)
+            return task.task_id, self._transfer.submit(task.task_id, update)
         except grpc.RpcError as error:
             code = error.code() if isinstance(error, grpc.Call) else None
             if code is grpc.StatusCode.ALREADY_EXISTS:

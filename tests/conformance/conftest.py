@@ -15,7 +15,7 @@ import pytest
 from fedtune_client.main import run
 
 from fedtune.base import open_base
-from fedtune.config import Config, Shared, parse
+from fedtune.config import Config, Shared, load
 from fedtune.config.members import member_config, member_ids
 from fedtune.method import Member
 from fedtune.methods import METHODS
@@ -23,6 +23,11 @@ from fedtune.simulation import Result, simulate
 from fedtune.testing import open_toy, toy_base
 from fedtune.worker import Worker
 
+_CODED = ["fedavg-lora by int8", "fedavg-lora by ternary"]
+_CODECS: dict[str, dict[str, Any]] = {
+    "int8": {"uplink.codec": "int8"},
+    "ternary": {"uplink.codec": "ternary", "uplink.density": 0.1, "uplink.feedback": True},
+}
 _SMALL: dict[str, dict[str, Any]] = {
     "fedkseed": {"seeds": 128, "steps": 4, "learning_rate": 1e-4, "eps": 1e-2, "pro": True}
 }
@@ -83,7 +88,7 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_base(tmp_path_factory.mktemp("base"))
 
 
-@pytest.fixture(params=sorted(METHODS))
+@pytest.fixture(params=sorted(METHODS) + _CODED)
 def method(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -93,10 +98,11 @@ def make(tmp_path: Path, toy_folder: Path) -> Callable[..., tuple[Config, Path]]
     """Builds a configuration and its TOML file."""
 
     def build(method: str, name: str = "run", *, clients: int = 3, rounds: int = 3, **more: Any) -> tuple[Config, Path]:
+        method, _, codec = method.partition(" by ")
         sections: dict[str, dict[str, Any]] = {
             "run": {"folder": str(tmp_path / name), "seed": 7},
             "model": {"name": str(toy_folder)},
-            "method": {"name": method, **_SMALL.get(method, {"rank": 2})},
+            "method": {"name": method, **_SMALL.get(method, {"rank": 2}), **_CODECS.get(codec, {})},
             "rounds": {"count": rounds, "min_clients": more.get("min_clients", clients)},
             "server": {"address": "127.0.0.1:0"},
             "simulation": {"clients": clients, "ranks": list(more.get("ranks", ()))},
@@ -106,7 +112,7 @@ def make(tmp_path: Path, toy_folder: Path) -> Callable[..., tuple[Config, Path]]
             f"[{s}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in keys.items()) for s, keys in sections.items()
         ]
         toml.write_text("\n".join(text))
-        return parse(sections), toml
+        return load(toml), toml
 
     return build
 

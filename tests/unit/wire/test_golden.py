@@ -139,8 +139,8 @@ def submit_frames(folder):
     file = folder / "update.bin"
     file.write_bytes(payload)
     key = Key("00ff", 3, "d" * 64, template="f" * 64, rank=8, alpha=16.5)
-    update = Update(key, 30, len(payload), sha256([payload]), {"loss": 0.5}, file)
-    return list(Transfer(None, "ann", folder)._frames(TASK, update))
+    update = Update(key, "", 30, len(payload), sha256([payload]), "", {"loss": 0.5}, file)
+    return list(Transfer(None, "ann", folder)._frames(TASK.task_id, update))
 
 
 def test_the_frames_of_a_fetch():
