@@ -166,7 +166,8 @@ def load_peft(folder: Path) -> dict[str, Array]:
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise ModelError(problem(str(folder), "a PEFT adapter directory", error)) from error
     if kind != "LORA" or config.get("use_dora"):
-        raise ModelError(problem(f"{folder}: peft_type", "plain LORA", "DoRA" if kind == "LORA" else kind))
+        why = "The magnitudes of DoRA, the singular values of AdaLoRA and the rest are no product B A"
+        raise ModelError(problem(f"{folder}: peft_type", "plain LORA", "DoRA" if kind == "LORA" else kind, why))
     try:
         return _folded(config, stored)
     except (KeyError, TypeError, AttributeError) as error:

@@ -15,6 +15,16 @@ from fedtune.errors import ConfigError
 from fedtune.method import Method
 from fedtune.methods import METHODS, FLoRA
 
+_DORA = (
+    "DoRA is not supported: its magnitudes divide by the norm of W + B A, so no stack or mean of clients' factors is "
+    "the mean of their models; use LoRA, with rslora if the rank is large"
+)
+_ADALORA = (
+    "AdaLoRA is not supported: each client would prune singular values of its own by its own schedule, and what is "
+    "left does not fit together; for ranks that differ use flora, florist or flexlora"
+)
+_REFUSED = {"dora": _DORA, "use_dora": _DORA, "adalora": _ADALORA, "use_adalora": _ADALORA}
+
 
 def load(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     """Reads a TOML file.
@@ -57,7 +67,12 @@ def _method(raw: Any) -> tuple[Method, list[str]]:
         return FLoRA(), [f"method: expected a table, got {raw!r}"]
     options = dict(raw)
     name = options.pop("name", FLoRA.name)
+    refused = [f"method.{key}: {_REFUSED[key]}" for key in options if key in _REFUSED]
+    if refused:
+        return FLoRA(), refused
     if not isinstance(name, str) or name not in METHODS:
+        if str(name).lower() in _REFUSED:
+            return FLoRA(), [f"method.name: {_REFUSED[str(name).lower()]}"]
         return FLoRA(), [f"method.name: expected one of {', '.join(METHODS)}, got {name!r}"]
     try:
         return TypeAdapter(METHODS[name]).validate_python(options), []

@@ -2,9 +2,29 @@
 
 from fedtune.method import Method
 from fedtune.methods.fedavg_lora import FedAvgLoRA
+from fedtune.methods.fedex_lora import FedExLoRA
 from fedtune.methods.fedkseed import FedKSeed
+from fedtune.methods.fedsa_lora import FedSALoRA
+from fedtune.methods.ffa_lora import FFALoRA
+from fedtune.methods.flexlora import FlexLoRA
 from fedtune.methods.flora import FLoRA
+from fedtune.methods.florist import FLoRIST
+from fedtune.methods.hetlora import HetLoRA
+from fedtune.methods.rolora import RoLoRA
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (FLoRA, FedAvgLoRA, FedKSeed)}
+_ALL = (FLoRA, FedAvgLoRA, FFALoRA, FlexLoRA, FLoRIST, HetLoRA, FedExLoRA, FedSALoRA, RoLoRA, FedKSeed)
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _ALL}
 
-__all__ = ["METHODS", "FLoRA", "FedAvgLoRA", "FedKSeed"]
+__all__ = [
+    "METHODS",
+    "FFALoRA",
+    "FLoRA",
+    "FLoRIST",
+    "FedAvgLoRA",
+    "FedExLoRA",
+    "FedKSeed",
+    "FedSALoRA",
+    "FlexLoRA",
+    "HetLoRA",
+    "RoLoRA",
+]

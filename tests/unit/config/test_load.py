@@ -71,6 +71,13 @@ def test_an_unknown_method_names_the_known_ones(tmp_path: Path) -> None:
     assert "'fedprox'" in said
 
 
+@pytest.mark.parametrize("line", ["name = 'dora'", "name = 'AdaLoRA'", "use_dora = true"])
+def test_what_cannot_be_done_exactly_is_refused_with_the_reason(line: str, tmp_path: Path) -> None:
+    said = message(f"[method]\n{line}", tmp_path)
+    assert "is not supported: " in said
+    assert "of clients' factors" in said or "of its own" in said
+
+
 def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fedtune init"):
         load(tmp_path / "none.toml")

@@ -1,0 +1,63 @@
+"""States that keep every closed round's change as factors: `000003/layer/A` is round 3's, `000000/...` are empty.
+
+A client receives the rounds it lacks, and merges them into its base in order. What has no number in front of its name
+is no part of the history.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from fedtune.lora import find_layers, key_a, key_b, layers_of
+from fedtune.method import BaseModel
+from fedtune.tensors import DTYPES, Array, Tensors
+
+
+def begun(base: BaseModel, targets: tuple[str, ...], dtype: str) -> dict[str, Array]:
+    """Starts a history with round 0: factors of rank 0, which hold no numbers, only the layers' shapes."""
+    factors: dict[str, Array] = {}
+    for layer in find_layers(base.weights, targets, base.transposed):
+        factors[key_a(layer.name)] = np.zeros((0, layer.inputs), DTYPES[dtype])
+        factors[key_b(layer.name)] = np.zeros((layer.outputs, 0), DTYPES[dtype])
+    return numbered(0, factors)
+
+
+def numbered(number: int, factors: Tensors) -> dict[str, Array]:
+    """Names the factors of one round."""
+    return {f"{number:06d}/{name}": array for name, array in factors.items()}
+
+
+def is_past(name: str) -> bool:
+    """Whether a name is of the history."""
+    return name.count("/") == 2
+
+
+def last(state: Tensors) -> int:
+    """Number of the latest round in a state."""
+    return max(int(name[:6]) for name in state if is_past(name))
+
+
+def of_round(state: Tensors, number: int) -> dict[str, Array]:
+    """The factors of one round, by their plain names."""
+    return {name[7:]: array for name, array in state.items() if is_past(name) and int(name[:6]) == number}
+
+
+def after(state: Tensors, since: int) -> dict[str, Array]:
+    """Leaves out the rounds up to `since`."""
+    return {name: array for name, array in state.items() if not is_past(name) or int(name[:6]) > since}
+
+
+def missed(received: Tensors) -> Iterator[dict[str, Array]]:
+    """Yields the factors of each round received, in order; not those of round 0, which change nothing."""
+    for number in sorted({int(name[:6]) for name in received if is_past(name)} - {0}):
+        yield of_round(received, number)
+
+
+def joined(state: Tensors) -> dict[str, Array]:
+    """Joins all rounds: `layer/A` (R, I) and `layer/B` (O, R), R the sum of their ranks."""
+    rounds = [of_round(state, number) for number in sorted({int(name[:6]) for name in state if is_past(name)})]
+    factors: dict[str, Array] = {}
+    for layer in layers_of(rounds[0]):
+        factors[key_a(layer)] = np.concatenate([r[key_a(layer)] for r in rounds], axis=0)
+        factors[key_b(layer)] = np.concatenate([r[key_b(layer)] for r in rounds], axis=1)
+    return factors

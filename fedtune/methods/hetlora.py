@@ -1,0 +1,103 @@
+"""HetLoRA: factors of mixed ranks, padded with zeros and averaged by norm (Cho et al. 2024, arXiv 2401.06432).
+
+    A = sum_k w_k pad(A_k),  B = sum_k w_k pad(B_k)        w_k = |B_k A_k|_F / sum_j |B_j A_j|_F
+
+Client j starts the next round from the leading r_j rows of A and columns of B. The norm is that of each layer, by
+the Gram trick, |B A|^2 = <B'B, A A'>, never from the product. Clients may differ in scale: sqrt(s_k) goes into both
+factors before they are padded, and is taken out again of a slice. The mean of factors is not that of products.
+
+The paper also lets clients prune their own rank, by a penalty on the norms of the last rows and columns. That is not
+here: a client's rank is part of what it agreed on with the coordinator, and stays.
+"""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from fedtune import averaging, lowrank
+from fedtune.lora import LoraSpec, key_a, key_b, layers_of, lora_scale, save_peft
+from fedtune.method import BaseModel, ClientJob, Member, Method
+from fedtune.tensors import Array, Manifest, Tensors
+
+Fold = dict[str, tuple[Member, Tensors]]
+
+
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
+class HetLoRA(Method):
+    """LoRA of mixed ranks, padded and averaged.
+
+    Attributes:
+        rank: the largest rank a client may have; that of clients that name none, and of the exported adapter.
+        alpha: LoRA alpha of clients that name none; 0 keeps each client's scale at 2 (alpha = 2 r).
+        target_modules: last parts of the names of adapted modules, or `all-linear`.
+        dropout: LoRA dropout while training.
+        rslora: scale by alpha / sqrt(r) instead of alpha / r.
+        dtype: of the factors on the wire and in the state.
+    """
+
+    name: ClassVar[str] = "hetlora"
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    target_modules: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    rslora: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def init(self, base: BaseModel, seed: int) -> Tensors:
+        """Draws A as PEFT does, from `seed`; B is zero."""
+        return averaging.drawn(base, self.target_modules, self.rank, self.dtype, seed)
+
+    def admit(self, member: Member) -> Member:
+        """Takes any rank from 1 to `rank` and any alpha above 0."""
+        return averaging.any_mix(member, self.rank, self.alpha, self.rank, "method.rank")
+
+    def broadcast(self, state: Tensors, since: int) -> Tensors:
+        """Sends the whole adapter."""
+        return state
+
+    def fold(self, total: Fold | None, update: Tensors, member: Member, weight: int) -> Fold:
+        """Keeps the factors under the client's id: their weights are known when all are there."""
+        averaging.check(update, member, self._scale(member))
+        return {**(total or {}), member.id: (member, update)}
+
+    def finish(self, state: Tensors, total: Fold, weight: int) -> Tensors:
+        """Averages the padded factors, each layer by its norms, in order of client id."""
+        replies = [total[client] for client in sorted(total)]
+        after: dict[str, Array] = {}
+        for layer in layers_of(state):
+            parts = [(u[key_a(layer)], u[key_b(layer)], self._scale(m)) for m, u in replies]
+            norms = np.array([s * lowrank.squared_norm(a, b) ** 0.5 for a, b, s in parts])
+            shares = norms / norms.sum() if norms.any() else np.full(len(parts), 1 / len(parts))
+            a_ri, b_or = np.zeros(state[key_a(layer)].shape), np.zeros(state[key_b(layer)].shape)
+            for share, (a, b, s) in zip(shares, parts, strict=True):
+                a_ri[: len(a)] += share * s**0.5 * a
+                b_or[:, : len(a)] += share * s**0.5 * b
+            after[key_a(layer)] = a_ri.astype(state[key_a(layer)].dtype)
+            after[key_b(layer)] = b_or.astype(state[key_b(layer)].dtype)
+        return after
+
+    def install(self, job: ClientJob, received: Tensors) -> None:
+        """Attaches the leading rows of A and columns of B, without the client's own scale."""
+        member = job.member
+        spec = LoraSpec(tuple(layers_of(received)), member.rank, member.alpha, self.dropout, self.rslora)
+        root = self._scale(member) ** -0.5
+        job.attach(spec, averaging.sliced(received, member.rank, root, root))
+
+    def client_update(self, job: ClientJob, expected: Manifest) -> Tensors:
+        """Continues to train the slice."""
+        return averaging.as_sent(job.train_attached(), expected)
+
+    def template(self, state: Tensors, member: Member) -> Manifest:
+        """Expects A of (r_k, I) and B of (O, r_k) for every layer."""
+        return averaging.of_rank(state, member.rank)
+
+    def export(self, state: Tensors, folder: Path, base_model: str) -> None:
+        """Writes the padded adapter, with scale 1."""
+        save_peft(folder, state, rank=self.rank, alpha=self.rank, base_model=base_model)
+
+    def _scale(self, member: Member) -> float:
+        return lora_scale(member.rank, member.alpha, self.rslora)

@@ -1,0 +1,131 @@
+"""What every LoRA method promises."""
+
+from itertools import permutations
+
+import pytest
+
+from fedtune.errors import ProtocolError, WireError
+from fedtune.lora import key_a, load_peft
+from fedtune.method import Member
+from fedtune.methods import METHODS
+from fedtune.rounds import Replica, Round
+from fedtune.tensors import DTYPES, digest
+from fedtune.testing import ToyWorker
+
+LORA = sorted(METHODS.keys() - {"fedkseed"})
+MIXED = {"flora", "flexlora", "florist", "hetlora"}
+
+
+@pytest.fixture(params=LORA)
+def method(request):
+    return METHODS[request.param](rank=3)
+
+
+def _ranks(method):
+    return (
+        [(1, 3.0, 7), (3, 1.0, 9), (2, 2.0, 1), (3, 9.0, 3)]
+        if method.name in MIXED
+        else [(0, 0, n) for n in range(1, 5)]
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_any_order_of_arrival_gives_the_same_bits(method, base, family, dtype):
+    method = type(method)(rank=3, dtype=dtype)
+    state = method.init(base, 0)
+    replies = [
+        (m, {n: (a / 4).astype(DTYPES[dtype]) for n, a in u.items()}, w)
+        for m, u, w in family.replies(method, state, _ranks(method), 2)
+    ]
+    assert len({digest(family.close(method, state, list(order))) for order in permutations(replies)}) == 1
+
+
+def test_finish_and_fold_leave_what_they_are_given_alone(method, base, family):
+    state = method.init(base, 0)
+    before, names = digest(state), list(state)
+    replies = family.replies(method, state, _ranks(method)[:2])
+    updates = [digest(update) for _, update, _ in replies]
+    family.close(method, state, replies)
+    assert (digest(state), list(state)) == (before, names)
+    assert [digest(update) for _, update, _ in replies] == updates
+
+
+def test_who_missed_rounds_or_comes_last_ends_with_the_model_of_the_others(method, base, base_folder, family):
+    members = [Member(f"c{i}") for i in range(3)]
+    states, workers, replicas = family.play(method, base, base_folder, members, 5, {(2, "c1"), (3, "c1"), (4, "c2")})
+    after, late, fresh = Round(method, states[-1], 6), ToyWorker(base_folder), Replica()
+    fresh.install(method, after.task(method.admit(members[0])), late.job(method, method.admit(members[0]), 6))
+    for m in map(method.admit, members):
+        worker, replica = workers[m.id], replicas[m.id]
+        replica.install(method, after.task(m, replica.version), worker.job(method, m, 6))
+        assert replica.digest == fresh.digest == digest(states[-1])
+        assert digest(worker.weights) == digest(late.weights)
+        if late.attached is not None:
+            shared = {n: a for n, a in worker.attached[1].items() if not _own(method, n)}
+            assert digest(shared) == digest({n: late.attached[1][n] for n in shared})
+
+
+def _own(method, name):
+    return method.name == "fedsa-lora" and name.endswith("/B")
+
+
+def test_what_travels_is_what_the_template_says_and_nothing_else(method, base, base_folder, family):
+    member = method.admit(Member("a"))
+    current, worker, replica = Round(method, method.init(base, 0), 1), ToyWorker(base_folder), Replica()
+    task = current.task(member)
+    replica.install(method, task, worker.job(method, member, 1))
+    update = method.client_update(worker.job(method, member, 1), task.update)
+    assert list(update) == task.update.names
+    assert sum(a.nbytes for a in update.values()) == task.update.nbytes > 0
+
+
+def test_values_of_a_diverged_client_are_refused_and_change_nothing(method, base, family):
+    state = method.init(base, 0)
+    good, bad = family.replies(method, state, _ranks(method)[:2])
+    total = method.fold(None, good[1], good[0], good[2])
+    want = digest(method.finish(state, total, good[2]))
+    next(iter(bad[1].values()))[0, 0] = -3e6
+    with pytest.raises(WireError, match="magnitudes below 2048"):
+        method.fold(total, bad[1], bad[0], bad[2])
+    assert digest(method.finish(state, total, good[2])) == want
+
+
+def test_what_is_exported_loads(method, base, base_folder, family, tmp_path):
+    states, *_ = family.play(method, base, base_folder, [Member("a"), Member("b")], 2)
+    method.export(states[-1], tmp_path, "org/base")
+    factors = load_peft(tmp_path)
+    assert bool(factors) == (method.name != "fedsa-lora")
+    if factors:
+        assert factors[key_a("model.layers.1.self_attn.v_proj")].shape[1] == 16
+
+
+def test_the_seed_of_the_run_draws_the_first_adapter(method, base):
+    same = digest(method.init(base, 1)) == digest(method.init(base, 2))
+    assert same == (method.name in {"flora", "florist"})
+    assert digest(method.init(base, 1)) == digest(method.init(base, 1))
+
+
+def test_a_client_of_another_rank_is_refused_where_the_mean_needs_one(method):
+    if method.name in MIXED:
+        assert method.admit(Member("a", 2, 5.0)) == Member("a", 2, 5.0)
+        assert method.admit(Member("a", 2)) == Member("a", 2, 4.0)
+        return
+    assert method.admit(Member("a")) == method.admit(Member("a", 3, 6.0)) == Member("a", 3, 6.0)
+    for other in (Member("a", 2), Member("a", 3, 5.0)):
+        with pytest.raises(ProtocolError, match=r"expected rank 3 and alpha 6, got rank .*flora.* takes any mix"):
+            method.admit(other)
+
+
+@pytest.mark.parametrize("bad", [Member("a", 300), Member("a", 2, float("inf")), Member("a", 2, -1.0)])
+def test_a_rank_or_alpha_that_is_none_is_refused(method, bad):
+    with pytest.raises(ProtocolError):
+        method.admit(bad)
+
+
+def test_names_in_a_configuration_are_for_ever():
+    assert (
+        sorted(
+            ["fedavg-lora", "fedex-lora", "fedsa-lora", "ffa-lora", "flexlora", "flora", "florist", "hetlora", "rolora"]
+        )
+        == LORA
+    )
