@@ -3,8 +3,8 @@
     python simulations/study.py simulations/NAME [--out DIR] [--only ARM ...] [--jobs N] [--set section.key=value ...]
 
 A study is a folder with `config.toml`, which every arm starts from, and `arms.toml`, which says what each arm changes
-and what is drawn. Every arm is an ordinary `fedtune simulate` or `fedtune train`. Run the same command again to go on: an
-arm that is done is not run again, and a simulation that was cut short continues in its round. Other settings need
+and what is drawn. Every arm is an ordinary `fedtune simulate` or `fedtune train`. Run the same command again to go on:
+an arm that is done is not run again, and a simulation that was cut short continues in its round. Other settings need
 another --out.
 
 `arms.toml`:

@@ -10,7 +10,6 @@ import typer
 from fedtune.cli.console import out
 from fedtune.errors import ConfigError, ModelError, StorageError, problem
 from fedtune.installed import need_training
-from fedtune.methods.fedkseed import FILE
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -72,6 +71,8 @@ def find_adapter(source: Path, number: int = 0) -> Path:
 
 
 def _is_result(folder: Path) -> bool:
+    from fedtune.methods.fedkseed import FILE
+
     return (folder / _ADAPTER[0]).exists() or (folder / FILE).exists()
 
 
