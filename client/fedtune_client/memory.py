@@ -1,4 +1,4 @@
-"""What a method keeps between rounds (`ClientJob.memory`), on disk: what compression left out, factors that are personal.
+"""What a method keeps between rounds (`ClientJob.memory`), on disk: what compression left out, personal factors.
 
     memory.safetensors             what the last update that was accepted left behind
     outbox/000003.memory           what the update of round 3 leaves behind, once it is accepted

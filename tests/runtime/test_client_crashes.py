@@ -17,7 +17,9 @@ from fedtune_client.main import run
 from fedtune.base import open_base
 from fedtune.config import Shared, load
 from fedtune.method import Member
+from fedtune.rounds import Replica, Round, work
 from fedtune.simulation import simulate
+from fedtune.tensors import digest
 from fedtune.testing import ToyWorker, open_toy, toy_base
 
 PROGRAM = """
@@ -304,3 +306,89 @@ def test_a_remote_coordinator_needs_tls(client, tmp_path):
     code, said = client(toml, "anna", "192.0.2.1:7070").end()
     assert code == 2
     assert "client.address" in said
+
+
+CARRIES = {"name": "fedavg-lora", "uplink.codec": "ternary", "uplink.density": 0.1, "uplink.feedback": True}
+HANG_WITHOUT_THE_ANSWER = """
+    submit = transfer.Transfer.submit
+    def deaf(*arguments):
+        submit(*arguments)
+        say("accepted")
+        time.sleep(600)
+    transfer.Transfer.submit = deaf
+"""
+SUBMIT_TOO_LATE = """
+    submit = transfer.Transfer.submit
+    def late(*arguments):
+        while '"round_closed"' not in Path("{events}").read_text():
+            time.sleep(0.02)
+        return submit(*arguments)
+    transfer.Transfer.submit = late
+"""
+
+
+def played(toml, served):
+    """The digests of a run whose rounds have the members they had, and whose other turns never were."""
+    config = load(toml)
+    shared = Shared.of(config)
+    state = shared.method.init(open_base(Path(config.model.name)), shared.seed)
+    clients = {}
+    found = []
+    for number, closed in enumerate(server_events(served, "round_closed"), 1):
+        current = Round(shared.method, state, number)
+        for name in closed["clients"]:
+            worker, replica = clients.setdefault(name, (open_toy(config, shared), Replica()))
+            member = shared.method.admit(Member(name))
+            reply = work(
+                shared.method, current.task(member, replica.version), worker.job(shared.method, member, number), replica
+            )
+            current.add(member, b"".join(reply), worker.examples)
+        state = current.close()
+        found.append(digest(state))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("setup", "word", "events"),
+    [(HANG_BEFORE_SENDING, "sending", ["update_found"]), (HANG_WITHOUT_THE_ANSWER, "accepted", ["update_settled"])],
+)
+def test_what_an_update_leaves_behind_is_as_durable_as_the_update(coordinator, client, setup, word, events):
+    served, toml = coordinator(method=CARRIES, rounds={"count": 3, "min_clients": 2})
+    address = served.address()
+    first = client(toml, "anna", address, setup)
+    other = client(toml, "bert", address)
+    first.hear(word)
+    first.kill()
+    assert "000001.memory" in [p.name for p in (first.folder / "outbox").iterdir()]
+    second = client(toml, "anna", address)
+    assert (second.end()[0], other.end()[0], served.wait()) == (0, 0, 0)
+    assert [e for e in second.events() if e in ("update_found", "update_settled")] == events
+    assert digests(served) == oracle(toml, ["anna", "bert"], 3)
+
+
+def test_an_update_that_came_too_late_leaves_nothing_behind(coordinator, client):
+    rounds = {"count": 3, "min_clients": 3, "quorum": 0.6, "grace_s": 0.5}
+    served, toml = coordinator(method=CARRIES, rounds=rounds)
+    address = served.address()
+    late = client(toml, "anna", address, SUBMIT_TOO_LATE.replace("{events}", str(served.folder / "events.jsonl")))
+    others = [client(toml, name, address) for name in ("bert", "carl")]
+    assert [one.end()[0] for one in (late, *others)] == [0, 0, 0]
+    assert served.wait() == 0
+    assert "update_late" in late.events()
+    assert len(server_events(served, "round_closed")[0]["clients"]) == 2
+    assert digests(served) == played(toml, served)
+
+
+@pytest.mark.slow
+def test_ten_kills_of_a_client_at_random_moments_lose_no_residue(coordinator, client):
+    served, toml = coordinator(method=CARRIES, rounds={"count": 40, "min_clients": 2})
+    address, moments = served.address(), random.Random(3)
+    other = client(toml, "bert", address, "open_worker = slow(0.05)")
+    for _ in range(10):
+        one = client(toml, "anna", address, "open_worker = slow(0.05)")
+        wait_until(lambda one=one: (one.folder / "client.log").exists() and "task" in one.events())
+        time.sleep(moments.uniform(0.0, 1.0))
+        one.kill()
+    last = client(toml, "anna", address)
+    assert (last.end(60)[0], other.end(60)[0], served.wait(60)) == (0, 0, 0)
+    assert digests(served) == oracle(toml, ["anna", "bert"], 40)
