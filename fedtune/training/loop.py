@@ -25,7 +25,9 @@ def train(
 ) -> dict[str, float]:
     """Trains `weights` in place with AdamW.
 
-    A step's loss is the mean over all its learned tokens, however the batch is cut into parts.
+    A step's loss is the mean over all its learned tokens, however the batch is cut into parts. With `prox_mu` the step
+    goes down that loss plus mu/2 |w - w0|^2 (FedProx: Li et al. 2020, arXiv 1812.06127, equation 2), w0 being `weights`
+    as they came; the losses reported are without it.
 
     Args:
         scorer: the model's losses.
@@ -47,6 +49,7 @@ def train(
     optimizer = torch.optim.AdamW(
         trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
+    came = [weight.detach().clone() for weight in trained] if config.prox_mu else []
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(config, step, steps))
     device, start = scorer.model.device, time.monotonic()
     losses: list[float] = []
@@ -59,6 +62,8 @@ def train(
                 raise TrainingError(
                     problem(f"loss of step {number}", "a finite number", losses[-1], "Lower training.learning_rate")
                 )
+            if config.prox_mu:
+                _pull(trained, came, config.prox_mu)
             if config.clip_norm:
                 nn.utils.clip_grad_norm_(trained, config.clip_norm)
             optimizer.step()
@@ -107,6 +112,13 @@ def _step(scorer: Scorer, parts: list[Batch], config: TrainingConfig) -> float:
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         total += float(loss.detach())
     return total
+
+
+def _pull(weights: list[nn.Parameter], to: list[torch.Tensor], mu: float) -> None:
+    """Adds mu (w - w0), the gradient of mu/2 |w - w0|^2, to the gradients."""
+    for weight, start in zip(weights, to, strict=True):
+        if weight.grad is not None:
+            weight.grad.add_(weight.detach() - start, alpha=mu)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from fedtune.lora import LoraSpec
 from fedtune.training.adapt import Bench, fit_adapter
 from fedtune.training.encoding import encode_rows
 from fedtune.training.loop import rate
-from fedtune.training.lora import fresh_factors
+from fedtune.training.lora import fresh_factors, injected
 from fedtune.training.models import load_model
 from fedtune.training.scoring import Scorer
 
@@ -137,3 +137,38 @@ def test_bfloat16_arithmetic_stays_close(llama, tokenizer):
     _, rough = _fit(llama, tokenizer, replace(_CONFIG, autocast="on"))
     assert rough["loss"] == pytest.approx(exact["loss"], rel=0.05)
     assert rough["loss"] != exact["loss"]
+
+
+def test_no_prox_is_the_plain_loop_bit_for_bit(llama, tokenizer):
+    plain, _ = _fit(llama, tokenizer)
+    none, _ = _fit(llama, tokenizer, replace(_CONFIG, prox_mu=0.0))
+    assert all(np.array_equal(plain[name], none[name]) for name in plain)
+
+
+def test_prox_steps_are_those_of_the_written_out_loss(llama, tokenizer):
+    """The oracle differentiates loss + mu/2 |w - w0|^2 as it stands, with an AdamW of its own."""
+    mu, config = 3.0, replace(_CONFIG, steps=4, clip_norm=0.0, prox_mu=3.0)
+    got, _ = _fit(llama, tokenizer, config)
+    bench, start = _bench(llama, tokenizer, config), fresh_factors(llama, _SPEC, 3)
+    with injected(llama, _SPEC, start) as adapter:
+        weights = adapter.trained()
+        w0 = [weight.detach().clone() for weight in weights]
+        adam = torch.optim.AdamW(weights, lr=config.learning_rate, betas=config.betas, weight_decay=0.0)
+        for parts in bench.plan().batches(3)[1]:
+            loss = sum(bench.scorer(part).sum() for part in parts) / sum(len(part.at) for part in parts)
+            loss = loss + mu / 2 * sum(((w - start) ** 2).sum() for w, start in zip(weights, w0, strict=True))
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        want = adapter.factors()
+    assert _distance(got, want) < 1e-5
+    assert _distance(got, _fit(llama, tokenizer, replace(config, prox_mu=0.0))[0]) > 1e-3
+
+
+def test_a_strong_pull_stays_near_the_start(llama, tokenizer):
+    start = fresh_factors(llama, _SPEC, 3)
+    far, near = (
+        sum(float(((a - start[n]) ** 2).sum()) for n, a in _fit(llama, tokenizer, config)[0].items())
+        for config in (replace(_CONFIG, steps=30), replace(_CONFIG, steps=30, prox_mu=100.0))
+    )
+    assert near < 0.5 * far
