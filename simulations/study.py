@@ -1,6 +1,6 @@
 """Runs a study: the arms of one configuration over several seeds, then a table and plots.
 
-    python simulations/study.py simulations/NAME [--out DIR] [--only ARM ...] [--jobs N] [--set section.key=value ...]
+    python simulations/study.py simulations/NAME [--arms FILE] [--out DIR] [--only ARM ...] [--jobs N] [--set KEY=VALUE]
 
 A study is a folder with `config.toml`, which every arm starts from, and `arms.toml`, which says what each arm changes
 and what is drawn. Every arm is an ordinary `fedtune simulate` or `fedtune train`. Run the same command again to go on:
@@ -10,6 +10,7 @@ another --out.
 `arms.toml`:
 
     rows = 600                      # held-out rows for the table; during a run `data.held_out_rows` are looked at
+    set = []                        # for all arms
     [[arm]]
     name = "flora"                  # of its folder
     title = "FLoRA"                 # in table and plots
@@ -104,16 +105,16 @@ class Row:
 class Study:
     """A folder's arms, run into another folder."""
 
-    def __init__(self, folder: Path, out: Path, extra: list[str], only: list[str]) -> None:
-        about = tomllib.loads((folder / "arms.toml").read_text())
+    def __init__(self, folder: Path, arms_file: str, out: Path, extra: list[str], only: list[str]) -> None:
+        about = tomllib.loads((folder / arms_file).read_text())
         arms = [Arm(**{k: tuple(v) if isinstance(v, list) else v for k, v in arm.items()}) for arm in about["arm"]]
         if strangers := set(only) - {arm.name for arm in arms}:
-            raise SystemExit(f"--only: expected names of arms.toml, got {sorted(strangers)}")
+            raise SystemExit(f"--only: expected names of {arms_file}, got {sorted(strangers)}")
         self.arms = [arm for arm in arms if not only or arm.name in only]
         self.plots = [Plot(**{**p, "arms": tuple(p.get("arms", ()))}) for p in about.get("plot", [])]
         self.rows: int = about["rows"]
-        self.file, self.out, self.extra = folder / "config.toml", out, extra
-        self.clients = self._config(()).simulation.clients
+        self.file, self.out, self.extra = folder / "config.toml", out, [*about.get("set", []), *extra]
+        self.clients = self._config(self.extra).simulation.clients
 
     def jobs(self) -> list[Job]:
         """Every command there is to run, the first seed of all arms before the second of any."""
@@ -262,14 +263,16 @@ def main() -> None:
     """Runs what is missing, then writes `table.md`, `results.json` and the plots into --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, metavar="simulations/NAME")
-    parser.add_argument("--out", type=Path, help="default: runs/NAME")
+    parser.add_argument("--arms", default="arms.toml", metavar="FILE", help="in the study's folder")
+    parser.add_argument("--out", type=Path, help="default: runs/NAME, or runs/NAME-ARMS for another --arms")
     parser.add_argument("--only", nargs="*", default=[], metavar="ARM")
     parser.add_argument("--jobs", type=int, default=1, help="commands at a time")
-    parser.add_argument("--set", action="append", default=[], dest="extra", metavar="section.key=value")
+    parser.add_argument("--set", action="append", default=[], dest="extra", metavar="KEY=VALUE")
     options = parser.parse_args()
-    out = options.out or Path("runs") / options.study.resolve().name
+    name = options.study.resolve().name + options.arms.removeprefix("arms").removesuffix(".toml")
+    out = options.out or Path("runs") / name
     out.mkdir(parents=True, exist_ok=True)
-    study = Study(options.study, out, options.extra, options.only)
+    study = Study(options.study, options.arms, out, options.extra, options.only)
     jobs = study.jobs()
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(study.run, jobs))
