@@ -5,12 +5,14 @@ Flower has nothing to download.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from fedtune.config import Config
 from fedtune.config.template import Key, keys
 from fedtune.errors import ConfigError, StorageError, problem
+from fedtune.flower.settings import method_tables
 from fedtune.methods import METHODS
 
 SECTIONS = ("run", "model", "data", "method", "training", "rounds", "simulation", "client")
@@ -84,17 +86,22 @@ def project(config: Config, folder: Path, package: str) -> str:
 
 def _section(section: str, config: Config) -> str:
     values = asdict(getattr(config, section))
-    if section == "method":
-        values = {"name": config.method.name, **values}
-    lines = [f"{key.name} = {_shown(values.get(key.name, ''), key)}" for key in _keys(section)]
-    return "\n".join(["", f"[tool.flwr.app.config.{section}]", *lines, ""])
+    if section != "method":
+        return _table(section, _keys(section), values)
+    tables = method_tables()
+    # Flower takes only keys that are listed, so those of every method are.
+    found = {key.name: key for kind in METHODS.values() for key in keys("method", kind) if key.name not in tables}
+    text = _table(section, list(found.values()), {"name": config.method.name, **values})
+    inner = [_table(f"method.{name}", keys(name, kind), values.get(name, {})) for name, kind in tables.items()]
+    return "".join([text, *inner])
+
+
+def _table(title: str, listed: list[Key], values: Mapping[str, object]) -> str:
+    lines = [f"{key.name} = {_shown(values.get(key.name, ''), key)}" for key in listed]
+    return "\n".join(["", f"[tool.flwr.app.config.{title}]", *lines, ""])
 
 
 def _keys(section: str) -> list[Key]:
-    """All keys of a section, for a method those of every method: Flower takes only keys that are listed."""
-    if section == "method":
-        found = {key.name: key for kind in METHODS.values() for key in keys("method", kind)}
-        return list(found.values())
     return [key for key in keys(section) if section != "client" or key.name not in _NODE_ONLY]
 
 

@@ -91,15 +91,25 @@ def _sections(flat: Scalars) -> dict[str, Any]:
             raise ConfigError(problem(key, "section.key, such as rounds.count", "no section"))
         if value == "" or section == _OURS or (section == "method" and not _belongs(field, name)):
             continue
-        nested.setdefault(section, {})[field] = _value(section, field, value, name)
+        *tables, last = field.split(".")
+        inner = nested.setdefault(section, {})
+        for table in tables:
+            inner = inner.setdefault(table, {})
+        inner[last] = _value(section, field, value, name)
     return nested
+
+
+def method_tables() -> dict[str, type]:
+    """Tables within `[method]`, such as `uplink`: their names and dataclasses, of all methods together."""
+    found = [f for kind in METHODS.values() for f in fields(kind)]  # type: ignore[arg-type]  # methods are dataclasses
+    return {f.name: type(f.default) for f in found if is_dataclass(f.default)}
 
 
 def _belongs(field: str, method: str) -> bool:
     """Whether a key of `[method]` is this method's; an app lists the keys of every method."""
     others = {f.name for kind in METHODS.values() for f in fields(kind)}  # type: ignore[arg-type]  # all are dataclasses
     own = {f.name for f in fields(METHODS[method])} if method in METHODS else others  # type: ignore[arg-type]  # methods are dataclasses
-    return field in own or field not in others
+    return field.partition(".")[0] in own or field.partition(".")[0] not in others
 
 
 def _value(section: str, field: str, value: object, method: str) -> object:
@@ -115,6 +125,8 @@ def _value(section: str, field: str, value: object, method: str) -> object:
 
 def _takes_tuple(section: str, field: str, method: str) -> bool:
     kind: Any = METHODS.get(method) if section == "method" else type(getattr(Config(), section, None))
+    table, _, field = field.rpartition(".")
+    kind = method_tables().get(table) if table else kind
     if kind is None or not is_dataclass(kind):
         return False
     return any(f.name == field and get_origin(f.type) is tuple for f in fields(kind))
