@@ -41,25 +41,30 @@ def client_app(open_worker: "OpenWorker | None" = None, mods: list[Any] | None =
 
 def _reply(message: Message, context: Context, open_worker: "OpenWorker | None", opener: list[str] | None) -> Message:
     array, turn = read_array(message), read_turn(message)
+    state = context.state.array_records.get(_MEMORY)
+    kept = state[_MEMORY].data if state else b""
     if _is_resident(context):
-        stype, body = _visit(array, turn, context, opener)
+        stype, body, left = _visit(array, turn, kept, context, opener)
     else:
-        stype, body = _play(array, turn, context, open_worker)
+        stype, body, left = _play(array, turn, kept, context, open_worker)
+    if left:
+        context.state[_MEMORY] = ArrayRecord({_MEMORY: as_array("fedtune.memory.v1", left)})
     return Message(content(as_array(stype, body)), reply_to=message)
 
 
-def _play(array: Array, turn: Turn, context: Context, open_worker: "OpenWorker | None") -> tuple[str, bytes]:
-    """Does the work in this process; what the method keeps between rounds travels in Flower's context."""
+def _play(
+    array: Array, turn: Turn, kept: bytes, context: Context, open_worker: "OpenWorker | None"
+) -> tuple[str, bytes, bytes]:
+    """Does the work in this process."""
     station = _station(context, open_worker)
-    state = context.state.array_records.get(_MEMORY)
-    station.kept = state[_MEMORY].data if state else b""
-    answer = station.answer(array.stype, turn, array.data)
-    if station.kept:
-        context.state[_MEMORY] = ArrayRecord({_MEMORY: as_array("fedtune.memory.v1", station.kept)})
-    return answer
+    station.kept = kept
+    stype, body = station.answer(array.stype, turn, array.data)
+    return stype, body, station.kept
 
 
-def _visit(array: Array, turn: Turn, context: Context, opener: list[str] | None) -> tuple[str, bytes]:
+def _visit(
+    array: Array, turn: Turn, kept: bytes, context: Context, opener: list[str] | None
+) -> tuple[str, bytes, bytes]:
     """Hands the packet to this SuperNode's worker for this run."""
     name = worker_name(context.run_id, context.node_id)
     header = {
@@ -71,9 +76,9 @@ def _visit(array: Array, turn: Turn, context: Context, opener: list[str] | None)
     }
     if array.stype == BYE:
         dismiss(name, header)
-        return BYE, b""
-    answer, body = ask(name, header, array.data)
-    return str(answer["stype"]), body
+        return BYE, b"", b""
+    answer, (body, left) = ask(name, header, array.data, kept)
+    return str(answer["stype"]), body, left
 
 
 def _is_resident(context: Context) -> bool:

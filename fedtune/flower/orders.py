@@ -62,12 +62,24 @@ class Orders:
                 self._shapes.append(shape)
         self._arrays: dict[int, tuple[Array, int]] = {}
 
-    def order(self, member: Member, since: int) -> Order:
-        """Returns the task of a member whose model holds version `since` (-1: only the base)."""
+    def order(self, member: Member, since: int, accepted: int) -> Order:
+        """Returns the task of a member.
+
+        Args:
+            member: who.
+            since: version its model holds; -1: only the base.
+            accepted: round of its last update that was folded in; 0: none.
+        """
         shape = self._shapes.index(self._round.method.template(self._round.state, member))
         if since not in self._arrays:
             self._arrays[since] = self._array(member, since)
-        turn: Turn = {"client": member.id, "rank": member.rank, "alpha": member.alpha, "shape": shape}
+        turn: Turn = {
+            "client": member.id,
+            "rank": member.rank,
+            "alpha": member.alpha,
+            "shape": shape,
+            "accepted": accepted,
+        }
         array, payload = self._arrays[since]
         return Order(array, turn, payload)
 

@@ -70,19 +70,21 @@ class Resident:
         go_on = True
         with contextlib.suppress(OSError, EOFError):  # who asked is gone, and the answer with it
             connection.sendall(b"\1")
-            header, body = read(connection)
+            header, parts = read(connection)
             if header["stype"] == BYE:
                 go_on = False
-                send(connection, {"stype": BYE}, b"")
+                send(connection, {"stype": BYE})
                 return go_on
             try:
-                stype, answer = self._open(header).answer(header["stype"], header["turn"], body)
-                send(connection, {"stype": stype}, answer)
+                station = self._open(header)
+                body, station.kept = parts
+                stype, answer = station.answer(header["stype"], header["turn"], body)
+                send(connection, {"stype": stype}, answer, station.kept)
             except Exception as error:  # whatever the model or the user's own code raised goes to who asked
                 if isinstance(error, _HungUpError):
                     raise EOFError from error
                 traceback.print_exc()
-                send(connection, {"error": f"{type(error).__name__}: {error}"}, b"")
+                send(connection, {"error": f"{type(error).__name__}: {error}"})
         return go_on
 
     def _open(self, header: dict[str, Any]) -> Station:

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from fedtune import __version__, wire
-from fedtune.codecs import raw
 from fedtune.config import Config, Shared
 from fedtune.errors import ModelError, ProtocolError, WireError, problem
+from fedtune.flower.keeping import Keeping
 from fedtune.flower.packets import HELLO, LACK, RESIDENT, TASK, UPDATE, Packet, pack, unpack
 from fedtune.flower.settings import Identity
 from fedtune.flower.visit import Turn
 from fedtune.method import Member
 from fedtune.rounds import Replica, Task, receive, work
-from fedtune.tensors import Manifest, Tensors
-from fedtune.wire.convert import manifest_from_proto, manifest_to_proto, parse
+from fedtune.tensors import Array
+from fedtune.wire.convert import manifest_from_proto, parse
 from fedtune.wire.frames import sha256
 from fedtune.wire.v1 import coordinator_pb2 as pb
 from fedtune.worker import OnStep, Worker
@@ -37,6 +37,7 @@ class _Order:
     header: pb.FetchHeader
     task: pb.Task
     member: Member
+    accepted: int
     payload: memoryview
 
     @property
@@ -47,13 +48,22 @@ class _Order:
         return sha.hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """The last update, with the key of the order it answers and what it leaves behind."""
+
+    key: str = ""
+    data: bytes = b""
+    kept: bytes = b""
+
+
 class Station:
     """One node in one run.
 
     Attributes:
         resident: whether this station outlives the message; the coordinator then sends only what is new.
-        kept: of a station that does not, what the method keeps between rounds (`ClientJob.memory`), packed: whoever
-            calls `answer` puts it in before and takes it out afterwards.
+        kept: what the method keeps between rounds, packed (`keeping`): whoever calls `answer` puts it in before and
+            takes it out afterwards.
     """
 
     def __init__(self, identity: Identity, open_worker: OpenWorker, *, resident: bool, on_step: OnStep | None = None):
@@ -64,7 +74,8 @@ class Station:
         self._settings = ""
         self._shared: Shared
         self._replica, self._trained = Replica(), 0
-        self._last: tuple[str, bytes] = ("", b"")
+        self._keeping = Keeping()
+        self._last = _Answer()
 
     def answer(self, stype: str, turn: Turn, data: memoryview | bytes) -> tuple[str, bytes]:
         """Answers one packet; returns the reply's serialisation type and bytes.
@@ -113,14 +124,15 @@ class Station:
         if shared.digest() != welcome.settings_digest:
             raise ProtocolError(problem("settings digest", welcome.settings_digest, shared.digest()))
         self._worker, self._shared, self._settings = None, shared, welcome.settings_json
-        self._replica, self._trained, self._last = Replica(), 0, ("", b"")
+        self._replica, self._trained, self._last = Replica(), 0, _Answer()
 
     def _task(self, order: _Order) -> tuple[str, bytes]:
         self._agree(order.welcome)
         if order.member.id != self._identity.config.client.id:
             raise WireError(problem("task: client", self._identity.config.client.id, order.member.id))
-        if self._last[0] == order.key:
-            return UPDATE, self._last[1]  # asked again because the answer was lost: the same bytes
+        if self._last.key == order.key:
+            self.kept = self._last.kept
+            return UPDATE, self._last.data  # asked again because the answer was lost: the same bytes
         self.prepare()
         try:
             return self._turn(order)
@@ -138,9 +150,8 @@ class Station:
             self._forget()
         task = _received(order)
         job = worker.job(self._shared.method, order.member, task.round)
-        if not self.resident:
-            job.memory.clear()
-            job.memory.update(_unpacked(self.kept))
+        job.memory.clear()
+        job.memory.update(self._recall(order))
         self._replica.install(self._shared.method, task, job)
         if self._replica.digest != order.task.state_digest:
             got = self._replica.digest
@@ -150,9 +161,16 @@ class Station:
             raise WireError(problem("state digest", order.task.state_digest, got, "Compare the versions of fedtune"))
         self._trained = task.round
         update = list(work(self._shared.method, task, job, self._replica))
-        if not self.resident:
-            self.kept = _packed(job.memory)
+        self._keeping.leave(task.round, job.memory)
+        self.kept = self._keeping.to_bytes()
         return self._update(order, worker, update)
+
+    def _recall(self, order: _Order) -> dict[str, Array]:
+        """The memory that counts: this process's own, or that of Flower's context when this process is younger."""
+        context = Keeping.from_bytes(self.kept, order.welcome.run_id)
+        if self._keeping.run_id != context.run_id or self._keeping.round < context.round:
+            self._keeping = context
+        return self._keeping.settle(order.accepted)
 
     def _update(self, order: _Order, worker: Worker, update: Iterable[memoryview | bytes]) -> tuple[str, bytes]:
         parts = list(update)
@@ -164,8 +182,8 @@ class Station:
             metrics={name: value for name, value in worker.metrics.items() if math.isfinite(value)},
             state_digest=order.task.state_digest,
         )
-        self._last = (order.key, pack([header.SerializeToString()], parts))
-        return UPDATE, self._last[1]
+        self._last = _Answer(order.key, pack([header.SerializeToString()], parts), self.kept)
+        return UPDATE, self._last.data
 
     def _lack(self, order: _Order) -> tuple[str, bytes]:
         request = pb.FetchRequest(client_id=order.member.id, have=self._replica.version)
@@ -187,32 +205,19 @@ class Station:
         self._replica = Replica()
 
 
-def _packed(memory: Tensors) -> bytes:
-    manifest = Manifest.of(memory)
-    return pack([manifest_to_proto(manifest).SerializeToString()], raw.encode(memory, manifest)) if memory else b""
-
-
-def _unpacked(kept: bytes) -> Tensors:
-    if not kept:
-        return {}
-    packet = unpack(kept)
-    found = receive(packet.payload, manifest_from_proto(parse(pb.Manifest, packet.headers[0])))
-    return {name: array.copy() for name, array in found.items()}
-
-
 def _order(packet: Packet, turn: Turn) -> _Order:
     """Reads a task packet; raises WireError when it is not one, or holds no task for this node."""
     if len(packet.headers) < 3:
         raise WireError(problem("task", "at least three headers", len(packet.headers)))
     try:
         member = Member(str(turn["client"]), int(turn["rank"]), float(turn["alpha"]))
-        shape = int(turn["shape"])
+        shape, accepted = int(turn["shape"]), int(turn["accepted"])
     except (KeyError, ValueError) as error:
-        raise WireError(problem("turn", "client, rank, alpha and shape", error)) from error
+        raise WireError(problem("turn", "client, rank, alpha, shape and accepted", error)) from error
     if not 0 <= shape < len(packet.headers) - 2:
         raise WireError(problem("turn: shape", f"0 to {len(packet.headers) - 3}", shape))
     welcome, header = parse(pb.Welcome, packet.headers[0]), parse(pb.FetchHeader, packet.headers[1])
-    return _Order(welcome, header, parse(pb.Task, packet.headers[2 + shape]), member, packet.payload)
+    return _Order(welcome, header, parse(pb.Task, packet.headers[2 + shape]), member, accepted, packet.payload)
 
 
 def _received(order: _Order) -> Task:

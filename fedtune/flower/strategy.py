@@ -66,6 +66,7 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
         self._greeting = welcome(self._shared, base.digest, "")
         self._roster: Roster | None = None
         self._open: _Open | None = None
+        self._taken: dict[str, int] = {}  # round of each client's last update that was folded in
 
     def start(
         self,
@@ -176,8 +177,9 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
 
     def _message(self, work: _Open, node: Node) -> Message:
         """The task of one node."""
-        order = work.orders.order(node.member, node.version if node.resident else -1)
-        client, size = node.member.id, len(order.array.data)
+        client = node.member.id
+        order = work.orders.order(node.member, node.version if node.resident else -1, self._taken.get(client, 0))
+        size = len(order.array.data)
         work.log.ledger += [
             (client, "down", "control", size - order.payload),
             (client, "down", "payload", order.payload),
@@ -226,7 +228,7 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
             text = f"round {number}: the reply of {client} was refused: {error}"
             self._event("update_refused", text, client=client, round=number, reason=str(error))
             return
-        node.version = number - 1
+        node.version, self._taken[client] = number - 1, number
         self._accepted(work.log, client, update)
 
     def _accepted(self, log: RoundLog, client: str, update: Update) -> None:

@@ -1,7 +1,7 @@
 """The thin end of a node: hands one request to its resident worker over a Unix socket, and starts the worker if needed.
 
     worker -> messenger     one byte, when the worker takes the connection
-    then in each direction  length u64 | JSON header | length u64 | bytes
+    then in each direction  length u64 | JSON header | count u64 | count x (length u64 | bytes)
 
 Only the standard library is imported here: this is all that Flower's process for a message loads of fedtune.
 """
@@ -25,7 +25,8 @@ from typing import Any, TypeAlias
 Header: TypeAlias = Mapping[str, Any]
 
 Turn: TypeAlias = Mapping[str, str | int | float]
-"""What the coordinator says to one node alone: `client`, `rank`, `alpha`, and `shape`, the number of its `Task`."""
+"""What the coordinator says to one node alone: `client`, `rank`, `alpha`; `shape`, the number of its `Task`; and
+`accepted`, the round of its last update that was folded in (0: none)."""
 
 BYE = "fedtune.bye.v1"
 """Serialisation type of the packet that ends a worker."""
@@ -39,7 +40,7 @@ class WorkerError(RuntimeError):
     """The resident worker refused the request, failed at it, or died of it; the message says why."""
 
 
-def ask(name: str, header: Header, body: memoryview | bytes) -> tuple[dict[str, Any], bytes]:
+def ask(name: str, header: Header, *parts: bytes) -> tuple[dict[str, Any], list[bytes]]:
     """Sends one request to the worker `name` and waits for its answer, as long as it takes.
 
     Raises:
@@ -47,7 +48,7 @@ def ask(name: str, header: Header, body: memoryview | bytes) -> tuple[dict[str, 
     """
     with _connect(name) as connection:
         try:
-            send(connection, header, body)
+            send(connection, header, *parts)
             answer, data = read(connection)
         except (OSError, EOFError) as error:
             log = folder() / f"{name}.log"
@@ -62,7 +63,7 @@ def dismiss(name: str, header: Header) -> None:
     connection = _try(folder() / f"{name}.sock")
     if connection is not None:
         with connection, contextlib.suppress(OSError, EOFError):
-            send(connection, header, b"")
+            send(connection, header)
             read(connection)
 
 
@@ -86,18 +87,19 @@ def folder() -> Path:
     return path
 
 
-def send(connection: socket.socket, header: Header, body: memoryview | bytes) -> None:
+def send(connection: socket.socket, header: Header, *parts: bytes) -> None:
     """Writes one message."""
     text = json.dumps(header).encode()
-    connection.sendall(struct.pack("<Q", len(text)) + text + struct.pack("<Q", len(body)))
-    if len(body):
-        connection.sendall(body)
+    connection.sendall(struct.pack("<Q", len(text)) + text + struct.pack("<Q", len(parts)))
+    for part in parts:
+        connection.sendall(struct.pack("<Q", len(part)))
+        connection.sendall(part)
 
 
-def read(connection: socket.socket) -> tuple[dict[str, Any], bytes]:
+def read(connection: socket.socket) -> tuple[dict[str, Any], list[bytes]]:
     """Reads one message; raises EOFError when the other side hangs up before its end."""
     header = json.loads(_exactly(connection, _length(connection)))
-    return dict(header), bytes(_exactly(connection, _length(connection)))
+    return dict(header), [bytes(_exactly(connection, _length(connection))) for _ in range(_length(connection))]
 
 
 def _length(connection: socket.socket) -> int:

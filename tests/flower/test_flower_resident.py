@@ -54,7 +54,7 @@ def world(tmp_path, monkeypatch):
     state = shared.method.init(base, 0)
     member = shared.method.admit(Member("client-00"))
     tasks = orders.Orders(Round(shared.method, state, 1), digest(state), greeting, [member])
-    return World(tmp_path, orders.hello(greeting), tasks.order(member, -1))
+    return World(tmp_path, orders.hello(greeting), tasks.order(member, -1, 0))
 
 
 class World:
@@ -64,7 +64,8 @@ class World:
 
     def ask(self, array=None, **config):
         array = array or self.order.array
-        return visit.ask(self.name, self.header(array.stype, **config), array.data)
+        answer, (body, _) = visit.ask(self.name, self.header(array.stype, **config), array.data, b"")
+        return answer, body
 
     def header(self, stype, **config):
         run_config = {"model.name": str(self.folder / "model"), **{k.replace("__", "."): v for k, v in config.items()}}
@@ -139,7 +140,7 @@ def test_an_error_is_told_and_the_worker_lives_on(world):
 
 def test_a_wrong_configuration_is_told_in_words(world):
     with pytest.raises(visit.WorkerError, match=r"(?s)ConfigError.*rounds\.cuont: unknown key; did you mean count\?"):
-        visit.ask(world.name, world.header("x", rounds__cuont=3) | {}, b"")
+        visit.ask(world.name, world.header("x", rounds__cuont=3) | {}, b"", b"")
     world.bye()
 
 
@@ -156,7 +157,7 @@ import json, sys
 sys.path.insert(0, {str(world.folder)!r})
 from fedtune.flower import visit
 visit.ask({world.name!r}, json.loads({__import__("json").dumps(world.header("fedtune.task.v1", data__label="slow"))!r}),
-          open({str(world.folder / "packet")!r}, "rb").read())
+          open({str(world.folder / "packet")!r}, "rb").read(), b"")
 """
     (world.folder / "packet").write_bytes(world.order.array.data)
     # The worker watches the parent of who asked: here this test, which stays.

@@ -25,8 +25,11 @@ from fedtune.flower.record import RunFolder
 from fedtune.flower.settings import read_identity
 from fedtune.flower.station import Station
 from fedtune.flower.strategy import FedtuneStrategy
+from fedtune.method import Member
 from fedtune.methods import METHODS
 from fedtune.report.record import collect
+from fedtune.rounds import Replica, Round, work
+from fedtune.tensors import digest
 from fedtune.testing import open_toy, toy_base
 from fedtune.wire.v1 import coordinator_pb2 as pb
 
@@ -39,6 +42,7 @@ class LoopGrid(Grid):
         self.stations = {i + 1: self._station(i, nodes) for i in range(nodes)}
         self.names = {i + 1: f"client-{i:02d}" for i in range(nodes)}
         self.damage, self.replies, self.sent, self.number = {}, {}, [], 0
+        self.kept = dict.fromkeys(self.stations, b"")
 
     def _station(self, index, nodes):
         node = {"partition-id": index, "num-partitions": nodes}
@@ -83,7 +87,10 @@ class LoopGrid(Grid):
             return None
         if damage == "raise":
             return Message(Error(2, "<class 'ValueError'>:<'no'>"), reply_to=message)
-        stype, data = self.stations[node].answer(array.stype, read_turn(message), array.data)
+        station = self.stations[node]
+        station.kept = self.kept[node]  # as Flower's context would carry it
+        stype, data = station.answer(array.stype, read_turn(message), array.data)
+        self.kept[node] = station.kept
         records = content(as_array(stype, data))
         if callable(damage):
             records = damage(stype, data)
@@ -98,6 +105,23 @@ def _quick(monkeypatch):
         monkeypatch.setattr(TaskIdentity, name, 1)
 
 
+KEEPING = "fedavg-lora by ternary"
+"""A method whose clients keep something between rounds."""
+
+
+def options(method):
+    name, _, codec = method.partition(" by ")
+    own = {"steps": 5} if name == "fedkseed" else {"rank": 2}
+    return {"name": name, **own, **({"uplink": {"codec": codec, "density": 0.1, "feedback": True}} if codec else {})}
+
+
+def flattened(table, prefix=""):
+    values = {}
+    for key, value in table.items():
+        values.update(flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return values
+
+
 @pytest.fixture
 def made(tmp_path):
     """Makes configuration, grid and strategy."""
@@ -107,12 +131,12 @@ def made(tmp_path):
         sections = {
             "run": {"folder": str(tmp_path / "run"), "seed": 7},
             "model": {"name": str(model)},
-            "method": {"name": method, **({"steps": 5} if method == "fedkseed" else {"rank": 2})},
+            "method": options(method),
             "rounds": {"count": 3, "grace_s": 0.0, "deadline_s": 0.5, "attempts": 2, **rounds},
             "simulation": {"clients": nodes},
         }
         config = parse(sections)
-        flat = {f"{s}.{k}": v for s, keys in sections.items() for k, v in keys.items()}
+        flat = flattened(sections)
         folder = RunFolder(config.run.folder, Shared.of(config))
         strategy = FedtuneStrategy(config, open_base(model), folder)
         return config, LoopGrid(flat, nodes, resident), strategy, flat
@@ -144,7 +168,7 @@ def fixed(header, payload):
     return payload
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", [*sorted(METHODS), KEEPING])
 @pytest.mark.parametrize("resident", [True, False])
 def test_same_bits_as_the_plain_loop(made, simulated, method, resident):
     config, grid, strategy, flat = made(method=method, resident=resident)
@@ -239,9 +263,10 @@ def test_too_few_nodes(made):
         strategy.start(grid)
 
 
-def test_a_worker_that_was_lost_is_brought_up_again(made, simulated):
+@pytest.mark.parametrize("method", [*sorted(METHODS), KEEPING])
+def test_a_worker_that_was_lost_is_brought_up_again(made, simulated, method):
     """A SuperNode's worker dies between rounds: the new one lacks a version, says so, and gives the same bits."""
-    config, grid, strategy, flat = made()
+    config, grid, strategy, flat = made(method=method)
     lost = []
 
     def lose(stype, data):
@@ -256,6 +281,40 @@ def test_a_worker_that_was_lost_is_brought_up_again(made, simulated):
     assert [e["digest"] for e in events(config, "round_closed")] == want
     kinds = [read_array(m).stype for m in grid.sent if m.metadata.message_type == "train"]
     assert len(kinds) == 9 + 2
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_an_update_that_was_not_taken_leaves_no_trace_in_its_clients_memory(made, resident, lost):
+    """What it had compressed away is there again for the next one, as if the client had not been asked."""
+    config, grid, strategy, _ = made(method=KEEPING, resident=resident, quorum=0.6)
+    turn = []
+
+    def lose(stype, data):
+        turn.append(stype)
+        return content(as_array(stype, b"damaged" if len(turn) == lost + 1 else data))
+
+    grid.damage["client-01"] = lose
+    strategy.start(grid)
+    assert [e["digest"] for e in events(config, "round_closed")] == without(config, "client-01", lost + 1)
+
+
+def without(config, absent, number):
+    """Digests of the plain loop, where one client is not asked in one round."""
+    shared, names = Shared.of(config), [f"client-{i:02d}" for i in range(3)]
+    held = {name: (open_toy(config, shared, i), Replica()) for i, name in enumerate(names)}
+    state, found = shared.method.init(open_base(Path(config.model.name)), shared.seed), []
+    for n in range(1, 4):
+        current = Round(shared.method, state, n)
+        for name in names:
+            if (name, n) != (absent, number):
+                member, (worker, replica) = shared.method.admit(Member(name)), held[name]
+                job = worker.job(shared.method, member, n)
+                reply = work(shared.method, current.task(member, replica.version), job, replica)
+                current.add(member, b"".join(reply), worker.examples)
+        state = current.close()
+        found.append(digest(state))
+    return found
 
 
 def test_an_answer_that_was_lost_is_given_again(made):
