@@ -5,7 +5,7 @@ computes W x + scale * B A x (Hu et al. 2021, arXiv 2106.09685, section 4.1).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -21,7 +21,8 @@ from fedtune.tensors import Array, Manifest, Tensors
 
 ALL_LINEAR = "all-linear"
 # Vocabulary and position tables and the output head: PEFT's "all-linear" leaves them alone, and so do we.
-_NOT_LINEAR = ("embed", "wte", "wpe", "lm_head", "shared", "score", "norm", "ln_")
+_EMBEDDINGS = ("embed", "wte", "wpe", "shared")
+_NOT_LINEAR = (*_EMBEDDINGS, "lm_head", "score", "norm", "ln_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,8 @@ def find_layers(base: Manifest, targets: Sequence[str], transposed: bool = False
         transposed: weights are stored I x O (the Conv1D layers of GPT-2).
 
     Raises:
-        ConfigError: a target matches no two-dimensional weight.
+        ConfigError: a target matches no two-dimensional weight, or an embedding: its table may also be the output
+            head, and a change merged into it would then change both, where an adapter changes one.
     """
     linear = {
         s.name.removesuffix(".weight"): s.shape for s in base.specs if len(s.shape) == 2 and s.name.endswith(".weight")
@@ -100,6 +102,10 @@ def find_layers(base: Manifest, targets: Sequence[str], transposed: bool = False
                     problem("method.target_modules", f"names among {choices} or {ALL_LINEAR}", repr(target))
                 )
         found = {n: s for n, s in linear.items() if any(_matches(n, target) for target in targets)}
+    tables = [n for n in found if any(word in n.rsplit(".", 1)[-1] for word in _EMBEDDINGS)]
+    if tables:
+        why = "An embedding is often the output head too: merging would change both, an adapter only one"
+        raise ConfigError(problem("method.target_modules", "linear layers", tables[0], why))
     if not found:
         raise ConfigError(problem("method.target_modules", "at least one linear layer of the base", list(targets)))
     return [Layer(n, *(s if transposed else s[::-1])) for n, s in found.items()]
@@ -115,12 +121,28 @@ def kaiming_uniform(rng: np.random.Generator, rank: int, inputs: int) -> npt.NDA
     return rng.uniform(-bound, bound, (rank, inputs)).astype(np.float32)
 
 
+def save_product(folder: Path, factors: Tensors, base_model: str = "") -> None:
+    """Writes a PEFT adapter directory whose change is B A of each layer, whatever their ranks."""
+    ranks = {layer: factors[key_a(layer)].shape[0] for layer in layers_of(factors)}
+    rank = max([1, *ranks.values()])
+    alphas = {layer: r for layer, r in ranks.items() if r not in (0, rank)}
+    save_peft(folder, factors, rank=rank, alpha=rank, base_model=base_model, alphas=alphas)
+
+
 def save_peft(
-    folder: Path, factors: Tensors, *, rank: int, alpha: float, rslora: bool = False, base_model: str = ""
+    folder: Path,
+    factors: Tensors,
+    *,
+    rank: int,
+    alpha: float,
+    rslora: bool = False,
+    base_model: str = "",
+    alphas: Mapping[str, float] | None = None,
 ) -> None:
     """Writes `factors` (`layer/A`, `layer/B`) as a PEFT adapter directory, without torch.
 
-    Layers whose rank is not `rank` go into PEFT's `rank_pattern`; layers with a factor of rank 0 are left out.
+    Layers whose rank is not `rank` go into PEFT's `rank_pattern`, and those in `alphas` into its `alpha_pattern`;
+    layers with a factor of rank 0 are left out.
     """
     layers = [layer for layer in layers_of(factors) if factors[key_a(layer)].size and factors[key_b(layer)].size]
     ranks = {layer: int(factors[key_a(layer)].shape[0]) for layer in layers}
@@ -139,7 +161,7 @@ def save_peft(
         "use_rslora": rslora,
         "target_modules": layers,
         "rank_pattern": {layer: r for layer, r in ranks.items() if r != rank},
-        "alpha_pattern": {},
+        "alpha_pattern": dict(alphas or {}),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

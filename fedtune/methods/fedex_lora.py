@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from fedtune import averaging, history, lowrank
 from fedtune.codecs.compression import Compression, Link
-from fedtune.lora import LoraSpec, key_a, key_b, layers_of, lora_scale, save_peft, scale_array
+from fedtune.lora import LoraSpec, key_a, key_b, layers_of, lora_scale, save_product, scale_array
 from fedtune.method import BaseModel, ClientJob, Member, Method
 from fedtune.tensors import DTYPES, Array, Manifest, Tensors
 
@@ -105,8 +105,7 @@ class FedExLoRA(Method):
         """Writes residuals and adapter as one adapter of scale 1."""
         adapter = {n: scale_array(a, self._scale) if n.endswith("/A") else a for n, a in _adapter(state).items()}
         factors = history.joined({**state, **history.numbered(history.last(state) + 1, adapter)})
-        rank = max(array.shape[0] for name, array in factors.items() if name.endswith("/A"))
-        save_peft(folder, factors, rank=rank, alpha=rank, base_model=base_model)
+        save_product(folder, factors, base_model)
 
     def _residual(self, parts: list[tuple[float, Tensors]], mean: Tensors) -> dict[str, Array]:
         """s sum_k p_k (B_k - B) (A_k - A) of every layer, in as few components as it has."""

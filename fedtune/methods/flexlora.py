@@ -15,7 +15,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from fedtune import averaging, lowrank
-from fedtune.lora import LoraSpec, key_a, key_b, layers_of, lora_scale, save_peft
+from fedtune.lora import LoraSpec, key_a, key_b, layers_of, lora_scale, save_product
 from fedtune.method import BaseModel, ClientJob, Member, Method
 from fedtune.tensors import Array, Manifest, Tensors
 
@@ -91,7 +91,7 @@ class FlexLoRA(Method):
 
     def export(self, state: Tensors, folder: Path, base_model: str) -> None:
         """Writes the best adapter of rank `rank`, with scale 1."""
-        save_peft(folder, state, rank=self.rank, alpha=self.rank, base_model=base_model)
+        save_product(folder, state, base_model)
 
     def _scale(self, member: Member) -> float:
         return lora_scale(member.rank, member.alpha, self.rslora)

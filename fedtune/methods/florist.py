@@ -15,7 +15,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from fedtune import averaging, history, lowrank
-from fedtune.lora import LoraSpec, key_a, key_b, layers_of, lora_scale, save_peft
+from fedtune.lora import LoraSpec, key_a, key_b, layers_of, lora_scale, save_product
 from fedtune.method import BaseModel, ClientJob, Member, Method
 from fedtune.tensors import DTYPES, Array, Manifest, Tensors
 
@@ -94,9 +94,7 @@ class FLoRIST(Method):
 
     def export(self, state: Tensors, folder: Path, base_model: str) -> None:
         """Writes all rounds as one adapter of scale 1."""
-        factors = history.joined(state)
-        rank = max(1, *(array.shape[0] for name, array in factors.items() if name.endswith("/A")))
-        save_peft(folder, factors, rank=rank, alpha=rank, base_model=base_model)
+        save_product(folder, history.joined(state), base_model)
 
     def _scale(self, member: Member) -> float:
         return lora_scale(member.rank, member.alpha, self.rslora)

@@ -21,6 +21,7 @@ from fedtune.lora import (
     load_peft,
     lora_scale,
     save_peft,
+    save_product,
 )
 from fedtune.tensors import Manifest, TensorSpec, digest
 
@@ -221,3 +222,25 @@ def test_error_codes_are_distinct():
     codes = [kind.exit_code for kind in FedtuneError.__subclasses__()]
     assert len(set(codes)) == len(codes)
     assert 0 not in codes
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "model.embed_tokens", "wte", "wpe"])
+def test_an_embedding_is_refused_with_the_reason(target):
+    names = ("model.embed_tokens", "transformer.wte", "transformer.wpe", "model.layers.0.self_attn.q_proj")
+    base = Manifest(tuple(TensorSpec(f"{name}.weight", (8, 4), "float32") for name in names))
+    with pytest.raises(ConfigError, match=r"method\.target_modules: expected linear layers.*output head"):
+        find_layers(base, (target,))
+    assert [layer.name for layer in find_layers(base, ("all-linear",))] == [names[3]]
+
+
+def test_a_product_of_mixed_ranks_comes_back_as_it_was(tmp_path):
+    rng = np.random.Generator(np.random.Philox(key=3))
+    factors = {}
+    for name, rank in (("m.0.q", 5), ("m.1.q", 2), ("m.2.q", 0), ("m.3.q", 5)):
+        factors[key_a(name)] = rng.normal(size=(rank, 6)).astype(np.float32)
+        factors[key_b(name)] = rng.normal(size=(7, rank)).astype(np.float32)
+    save_product(tmp_path, factors)
+    back = load_peft(tmp_path)
+    assert layers_of(back) == ["m.0.q", "m.1.q", "m.3.q"]
+    for name in layers_of(back):
+        assert np.allclose(back[key_b(name)] @ back[key_a(name)], factors[key_b(name)] @ factors[key_a(name)])
