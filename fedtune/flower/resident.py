@@ -141,11 +141,14 @@ def _open_torch(config: Config, shared: Shared, index: int | None, on_step: OnSt
 
 
 def _born(pid: int) -> str:
-    """Tells a process from a later one of the same number; empty when there is none."""
+    """Tells a process from a later one of the same number; empty when there is none, or it ended and is a zombie."""
     stat = Path(f"/proc/{pid}/stat")
     try:
         os.kill(pid, 0)
-        return stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else "alive"
+        if not stat.exists():
+            return "alive"
+        state, *others = stat.read_text().rpartition(")")[2].split()
+        return "" if state == "Z" else others[18]
     except (OSError, IndexError):
         return ""
 
