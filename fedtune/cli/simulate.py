@@ -138,7 +138,9 @@ def _summary(report: "JsonObject", folder: Path) -> None:
     from rich.box import SIMPLE
     from rich.table import Column, Table
 
-    columns = ("round", "held-out", "perplexity", "accuracy", "train", "up", "down", "time")
+    columns = ["round", "held-out", "perplexity", "accuracy", "train", "up", "down", "time"]
+    if any(r["own"] for r in report["rounds"]):
+        columns.append("clients' own")
     table = Table(*(Column(name, no_wrap=True, justify="right") for name in columns), box=SIMPLE)
     base = report["held_out"]["base"]
     if base:
@@ -146,7 +148,8 @@ def _summary(report: "JsonObject", folder: Path) -> None:
     for r in report["rounds"]:
         traffic = size(r["bytes_up"]), size(r["bytes_down"])
         loss = figure(r["train_loss"])
-        table.add_row(str(r["round"]), *_figures(r["held_out"]), loss, *traffic, duration(r["seconds"]))
+        own = [f"{f['mean']:.4f} ± {f['spread']:.4f}" for f in [r["own"].get("loss")] if f]
+        table.add_row(str(r["round"]), *_figures(r["held_out"]), loss, *traffic, duration(r["seconds"]), *own)
     out.print(table)
     done = report["outcome"] == "completed"
     adapter = folder / "final" if done else folder / "rounds" / f"{len(report['rounds']):04d}"

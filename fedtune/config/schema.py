@@ -99,6 +99,8 @@ class DataConfig:
         held_out_name: file or data set to evaluate on.
         held_out_rows: at most so many rows are evaluated on.
         max_rows: at most so many rows, drawn by the seed; 0 means all.
+        own_held_out: fraction of each client's own rows on which it measures, before and after its training, the model
+            it works with: what all share, and what is personal to it. 0 measures nothing.
     """
 
     name: str = ""
@@ -114,6 +116,7 @@ class DataConfig:
     held_out_name: str = ""
     held_out_rows: int = Field(default=200, ge=1)
     max_rows: int = Field(default=0, ge=0)
+    own_held_out: float = Field(default=0.0, ge=0, lt=1)
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})

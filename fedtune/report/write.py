@@ -9,6 +9,7 @@ from typing import Any
 from fedtune.config import Config, Shared
 from fedtune.report.evaluations import BASE, Evaluations, Figures
 from fedtune.report.folder import replace_text
+from fedtune.report.own import own_figures
 from fedtune.report.record import RoundRecord, RunRecord
 
 FORMAT = "fedtune-report-1"
@@ -67,5 +68,6 @@ def _round(closed: RoundRecord, figures: dict[str, dict[str, float]]) -> JsonObj
         "train_loss": closed.train_loss,
         "client_loss": {client: m["loss"] for client, m in sorted(closed.metrics.items()) if "loss" in m},
         "held_out": figures.get(closed.digest),
+        "own": own_figures(closed.metrics),
         "notes": closed.notes,
     }

@@ -1,6 +1,6 @@
 """Training one adapter on one client's rows: what every kind of run does with the loop."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,13 +21,17 @@ from fedtune.worker import OnStep
 
 @dataclass(frozen=True)
 class Bench:
-    """What training needs beside an adapter: the model, its tokenizer, encoded rows, hyper-parameters."""
+    """What training needs beside an adapter: the model, its tokenizer, encoded rows, hyper-parameters.
+
+    `measure` gives figures of the model as it is, on rows of the client's own.
+    """
 
     scorer: Scorer
     tokenizer: PreTrainedTokenizerBase
     rows: list[Encoded]
     config: TrainingConfig
     on_step: OnStep | None = None
+    measure: Callable[[], dict[str, float]] | None = None
 
     def plan(self) -> Plan:
         """Returns what a training turn reads."""
@@ -49,17 +53,25 @@ def fit_adapter(
         frozen: sides (`A`, `B`) that are not trained.
 
     Returns:
-        The new factors, float32, and the metrics of `fedtune.training.loop.train`.
+        The new factors, float32, and the metrics of `fedtune.training.loop.train`; with `measure`, also `own_loss` and
+        the like of the trained model, and `own_loss_before` of the one that training began with.
 
     Raises:
         TrainingError: a loss is not finite, no factor changed, or one grew out of bounds.
     """
     with injected(bench.scorer.model, spec, factors, frozen) as adapter:
-        before = adapter.factors()
+        before, own_before = adapter.factors(), _own(bench, "_before")
         metrics = train(bench.scorer, adapter.trained(), bench.plan().batches(seed), bench.config, seed, bench.on_step)
+        metrics |= own_before | _own(bench)
         after = adapter.factors()
     _check(before, after)
     return after, metrics
+
+
+def _own(bench: Bench, when: str = "") -> dict[str, float]:
+    """Figures on the client's own rows, if it has some for that."""
+    found = bench.measure() if bench.measure else {}
+    return {f"own_{name}{when}": found[name] for name in ("loss", "accuracy") if name in found}
 
 
 def _check(before: Tensors, after: Tensors) -> None:

@@ -42,6 +42,16 @@ def client_rows(config: Config, index: int | None = None) -> list[Row]:
     return parts[index]
 
 
+def own_split(rows: Sequence[Row], config: Config) -> tuple[list[Row], list[Row]]:
+    """Splits one client's rows into those it trains on and those it measures its own model on."""
+    count = round(len(rows) * config.data.own_held_out)
+    if config.data.own_held_out and not 0 < count < len(rows):
+        want = f"enough to hold out {config.data.own_held_out:g} of them and train on others"
+        raise DataError(problem("rows of this client", want, len(rows), "Change data.own_held_out"))
+    held = set(_rng(config, "own held out").permutation(len(rows))[:count].tolist())
+    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+
+
 def all_client_rows(config: Config) -> list[list[Row]]:
     """Returns what `client_rows` returns for each client of the simulation, reading the data once."""
     rows, _ = _parted(config)

@@ -1,6 +1,7 @@
 """A client's model, data and hyper-parameters in memory, ready for one round after another."""
 
 from collections.abc import Collection, Sequence
+from functools import partial
 
 import torch
 
@@ -12,8 +13,9 @@ from fedtune.method import Member, Method, ZeroOrder
 from fedtune.rounds import job_seed
 from fedtune.tensors import Array, Tensors
 from fedtune.training.adapt import Bench, fit_adapter
-from fedtune.training.data import client_rows, with_columns
+from fedtune.training.data import client_rows, own_split, with_columns
 from fedtune.training.encoding import Row, encode_rows
+from fedtune.training.evaluate import Examination, evaluate
 from fedtune.training.job import TorchJob
 from fedtune.training.merging import MergedBase
 from fedtune.training.models import choose_device, load_model, resolve_model
@@ -72,8 +74,12 @@ class TorchWorker:
         folder = resolve_model(shared.model.name, shared.model.revision)
         digest = open_base(folder).digest
         model, tokenizer = load_model(folder, shared.model.dtype, choose_device(config.client.device))
-        encoded = encode_rows(rows, tokenizer, with_columns(config.data), shared.training.max_length)
-        bench = Bench(Scorer.probe(model), tokenizer, encoded, shared.training, on_step)
+        data, length = with_columns(config.data), shared.training.max_length
+        learned, held = own_split(rows, config)
+        encoded, scorer = encode_rows(learned, tokenizer, data, length), Scorer.probe(model)
+        exam = Examination.of(held, tokenizer, data, length) if held else None
+        measure = partial(evaluate, scorer, exam, shared.training) if exam else None
+        bench = Bench(scorer, tokenizer, encoded, shared.training, on_step, measure)
         return cls(bench, digest, shared.seed)
 
     def reset(self) -> None:

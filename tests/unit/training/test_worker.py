@@ -8,16 +8,18 @@ import torch
 from fedtune.base import open_base
 from fedtune.config import Config, Shared, parse
 from fedtune.config.members import member_config, member_ids
-from fedtune.errors import ModelError, ProtocolError
+from fedtune.errors import DataError, ModelError, ProtocolError
+from fedtune.history import joined
 from fedtune.locate import locate_model
 from fedtune.lora import LoraSpec, key_a, load_peft
 from fedtune.method import Member
-from fedtune.methods.flora import stacked
 from fedtune.simulation import Result, simulate
 from fedtune.tensors import digest
 from fedtune.training.centralised import train_centralised
 from fedtune.training.evaluate import Evaluator
 from fedtune.training.worker import TorchWorker
+
+SPEC = LoraSpec(("model.layers.0.self_attn.q_proj",), 4, 8)
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_a_federation_learns(config):
     result = _federate(config, 3)
     evaluator = Evaluator.open(config)
     before = evaluator.base()
-    after = evaluator.factors(stacked(result.state))
+    after = evaluator.factors(joined(result.state))
     assert after["loss"] < before["loss"] - 0.5
     assert evaluator.base() == before
 
@@ -123,3 +125,27 @@ def test_local_training_of_one_client(config):
     assert trained.member.id == "client-01"
     result = _federate(config, 1)
     assert trained.metrics["loss"] == result.rounds[0].metrics["client-01"]["loss"]
+
+
+def test_a_client_measures_its_own_model_on_rows_it_does_not_train_on(config):
+    plain = _federate(config, 1)
+    config = replace(config, data=replace(config.data, own_held_out=0.25))
+    result = _federate(config, 2)
+    for metrics in result.rounds[1].metrics.values():
+        assert metrics["own_loss"] != metrics["own_loss_before"] > 0
+    assert "own_loss" not in plain.rounds[0].metrics["client-00"]
+    assert result.rounds[0].weight < plain.rounds[0].weight
+
+
+def test_measuring_draws_nothing_and_changes_no_bit(config):
+    config = replace(config, data=replace(config.data, own_held_out=0.25))
+    worker = TorchWorker.open(config, Shared.of(config), 0)
+    measured = worker.job(config.method, Member("a", 4, 8.0), 1).train_fresh(SPEC)
+    worker._bench = replace(worker._bench, measure=None)
+    assert digest(worker.job(config.method, Member("a", 4, 8.0), 1).train_fresh(SPEC)) == digest(measured)
+
+
+def test_too_few_rows_to_hold_out_some_are_refused(config):
+    config = replace(config, data=replace(config.data, own_held_out=0.01))
+    with pytest.raises(DataError, match=r"data\.own_held_out"):
+        TorchWorker.open(config, Shared.of(config), 0)
