@@ -10,8 +10,9 @@ would keep the noise. Balanced, both carry the same singular values, and B' A' =
 
 import numpy as np
 
+from fedtune.blas import one_thread
 from fedtune.lora import key_a, key_b, layers_of
-from fedtune.tensors import Array, Tensors
+from fedtune.tensors import Array, Tensors, check_finite
 
 
 def balanced(factors: Tensors) -> dict[str, Array]:
@@ -19,19 +20,25 @@ def balanced(factors: Tensors) -> dict[str, Array]:
 
     Guarantees: the product of each layer is the same to the rounding of its dtype; directions that it does not use
         become zero.
+
+    Raises:
+        WireError: a value is not finite.
     """
     out = dict(factors)
     for layer in layers_of(factors):
+        check_finite(factors[key_a(layer)], key_a(layer))
+        check_finite(factors[key_b(layer)], key_b(layer))
         out[key_a(layer)], out[key_b(layer)] = balance(factors[key_a(layer)], factors[key_b(layer)])
     return out
 
 
 def balance(a_ri: Array, b_or: Array) -> tuple[Array, Array]:
     """Balances one pair of factors, in float64, by QR of both and the SVD of an (R, R) matrix."""
-    q_b, r_b = np.linalg.qr(b_or.astype(np.float64))
-    q_a, r_a = np.linalg.qr(a_ri.astype(np.float64).T)
-    u, s, v = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    b, a = q_b @ (u * np.sqrt(s)), (np.sqrt(s)[:, None] * v) @ q_a.T
+    with one_thread():
+        q_b, r_b = np.linalg.qr(b_or.astype(np.float64))
+        q_a, r_a = np.linalg.qr(a_ri.astype(np.float64).T)
+        u, s, v = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        b, a = q_b @ (u * np.sqrt(s)), (np.sqrt(s)[:, None] * v) @ q_a.T
     rank = a_ri.shape[0]
     a_out, b_out = np.zeros(a_ri.shape), np.zeros(b_or.shape)  # of rank R, also where R is above I or O
     a_out[: min(rank, s.size)], b_out[:, : min(rank, s.size)] = a, b
