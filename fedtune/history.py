@@ -12,6 +12,8 @@ from fedtune.lora import find_layers, key_a, key_b, layers_of
 from fedtune.method import BaseModel
 from fedtune.tensors import DTYPES, Array, Tensors
 
+_EMPTY = "000000/"
+
 
 def begun(base: BaseModel, targets: tuple[str, ...], dtype: str) -> dict[str, Array]:
     """Starts a history with round 0: factors of rank 0, which hold no numbers, only the layers' shapes."""
@@ -45,6 +47,21 @@ def of_round(state: Tensors, number: int) -> dict[str, Array]:
 def after(state: Tensors, since: int) -> dict[str, Array]:
     """Leaves out the rounds up to `since`."""
     return {name: array for name, array in state.items() if not is_past(name) or int(name[:6]) > since}
+
+
+def lacking(state: Tensors, since: int) -> dict[str, Array]:
+    """Picks the history that a client of version `since` lacks.
+
+    It is the rounds after `since`; all of it where some of the rounds that the client holds have been recompressed.
+    """
+    past = {name: array for name, array in state.items() if is_past(name)}
+    first = min((int(name[:6]) for name in past if not name.startswith(_EMPTY)), default=0)
+    return after(past, -1 if 0 < since < first else since)
+
+
+def is_whole(received: Tensors) -> bool:
+    """Whether a history begins with round 0, so that it is to be merged into the base alone."""
+    return any(name.startswith(_EMPTY) for name in received)
 
 
 def missed(received: Tensors) -> Iterator[dict[str, Array]]:

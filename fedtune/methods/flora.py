@@ -1,32 +1,44 @@
 """FLoRA: federated LoRA by stacking (Wang et al., NeurIPS 2024, arXiv 2409.05976, section 4).
 
-Client k trains A_k (r_k x I) and B_k (O x r_k) from a fresh start, with scale s_k = alpha_k / r_k and p_k its share of
-the examples. Stacking gives the exact mean of the products, whatever the ranks and scales:
+Client k trains A_k (r_k x I) and B_k (O x r_k), with scale s_k = alpha_k / r_k and p_k its share of the examples.
+Stacking gives the exact mean of the products, whatever the ranks and scales:
 
     A_stack = [p_1 s_1 A_1 ; ... ; p_K s_K A_K]    B_stack = [B_1, ..., B_K]
     B_stack A_stack = sum_k p_k s_k B_k A_k
 
 p_k and s_k both go into A, so clients may differ in alpha too; the paper puts only p_k there and needs one scale.
-The state is base + one stack per closed round, under names `000003/layer/A`: a client receives only the rounds it
-lacks and merges them into its base, in order.
+
+`start = "fresh"` is the paper's: each round begins with new factors. The state is base + one stack per closed round,
+under names `000003/layer/A`: a client receives only the rounds it lacks and merges them into its base, in order. Past
+`rank_budget` all stacks become one (`fedtune.lowrank`), and clients merge that into their base alone.
+
+`start = "warm"` carries the training on. The state is one sum_i s_i u_i v_i' in order of falling s_i; client k merges
+what is beyond r_k and trains on from its leading r_k components. What it sends takes their place, so that
+
+    sum_i (1 - sum_{k: r_k > i} p_k) s_i u_i v_i' + sum_k p_k s_k B_k A_k
+
+is the exact mean of the clients' models, and costs the coordinator a reweighting and a recompression.
 """
 
-from collections.abc import Sequence
-from math import inf
+from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from fedtune import exact
-from fedtune.errors import ProtocolError, problem
-from fedtune.lora import LoraSpec, find_layers, key_a, key_b, layers_of, lora_scale, save_peft
+from fedtune import averaging, history, stacking
+from fedtune.balance import balanced
+from fedtune.codecs.compression import Compression, Link
+from fedtune.errors import ConfigError, problem
+from fedtune.lora import LoraSpec, key_a, key_b, layers_of, lora_scale, save_product
 from fedtune.method import BaseModel, ClientJob, Member, Method
-from fedtune.tensors import DTYPES, Array, Manifest, Tensors, TensorSpec
+from fedtune.outer import FIRST, Outer, ServerOptimizer
+from fedtune.tensors import PRIVATE, Array, Manifest, Tensors
 
-Fold = dict[str, tuple[Member, int, Tensors]]
+_ERROR, _LEFT_OUT, _CLIPPED = PRIVATE + "error", PRIVATE + "left_out", PRIVATE + "clipped"
+_ROW = 3**-0.5  # length that a fresh row of A has: I entries drawn from U(-1/sqrt(I), 1/sqrt(I))
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
@@ -40,7 +52,17 @@ class FLoRA(Method):
         target_modules: last parts of the names of adapted modules, or `all-linear`.
         dropout: LoRA dropout while training.
         rslora: scale by alpha / sqrt(r) instead of alpha / r.
-        dtype: of the factors on the wire and in the state.
+        dtype: of the factors on the wire and of the stacks; what has been recompressed is float32.
+        start: `fresh` begins each round with new factors, `warm` with the leading components of the global update.
+        rank_budget: the largest rank of the global update; past it, stacks are recompressed. 0 is no budget.
+        energy: recompression keeps this share of the squared norm. At 1 it is exact, and a budget must not be below
+            the layers' smaller sides; below 1 the budget is kept whatever that cuts off. Rounds report what was.
+        server_optimizer: `none`, `momentum` or `nesterov`, or a table of the keys below.
+        krum_byzantine: f, clients a round that may be hostile: multi-Krum leaves out the f whose products B A are
+            farthest from the others'. Rounds need 2 f + 3 updates.
+        clip_norm: longest change B A of a client, all layers together; longer ones are scaled down; 0 scales none.
+        uplink: how updates travel: the name of a codec, or a table of the keys below, without feedback. Factors that
+            go by `ternary` are balanced first: the same B A, evenly spread (`fedtune.balance`).
     """
 
     name: ClassVar[str] = "flora"
@@ -52,110 +74,151 @@ class FLoRA(Method):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     rslora: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    start: Literal["fresh", "warm"] = "fresh"
+    rank_budget: int = Field(default=0, ge=0)
+    energy: float = Field(default=1.0, gt=0, le=1)
+    server_optimizer: Outer = ServerOptimizer()
+    krum_byzantine: int = Field(default=0, ge=0, le=1000)
+    clip_norm: float = Field(default=0.0, ge=0)
+    uplink: Link = Compression()
+
+    @model_validator(mode="after")
+    def _check(self) -> "FLoRA":
+        if self.uplink.feedback:
+            raise ValueError("uplink.feedback needs factors that go on from round to round: fedavg-lora has them")
+        outer = self.server_optimizer
+        if not outer.is_linear:
+            why = "needs the square of every entry of B A, which a stack does not have: use momentum or nesterov"
+            raise ValueError(f"server_optimizer: {outer.name} {why}")
+        if not self.rank_budget and self.start == "fresh" and (outer.name != "none" or self.energy < 1):
+            what = "energy below 1" if self.energy < 1 else f"server_optimizer: {outer.name}"
+            raise ValueError(f"{what} needs rank_budget, or start = 'warm': without, stacks are never recompressed")
+        return self
 
     def init(self, base: BaseModel, seed: int) -> Tensors:
-        """Starts from stacks of rank 0: they hold no numbers, only the layers' shapes."""
-        dtype = DTYPES[self.dtype]
-        state: dict[str, Array] = {}
-        for layer in find_layers(base.weights, self.target_modules, base.transposed):
-            state[f"{_round(0)}/{key_a(layer.name)}"] = np.zeros((0, layer.inputs), dtype)
-            state[f"{_round(0)}/{key_b(layer.name)}"] = np.zeros((layer.outputs, 0), dtype)
+        """Starts from stacks of rank 0: they hold no numbers, only the layers' shapes.
+
+        Raises:
+            ConfigError: the budget might be too small, and nothing may be cut off.
+        """
+        state = history.begun(base, self.target_modules, self.dtype)
+        factors = history.of_round(state, 0)
+        sides = [min(factors[key_a(x)].shape[1], factors[key_b(x)].shape[0]) for x in layers_of(factors)]
+        if 0 < self.rank_budget < max(sides) and self.energy == 1:
+            remedy = "Or set method.energy below 1, to say that small components may be cut off"
+            want = f"at least {max(sides)}, the smaller side of the largest layer, while method.energy is 1"
+            raise ConfigError(problem("method.rank_budget", want, self.rank_budget, remedy))
         return state
 
     def admit(self, member: Member) -> Member:
         """Takes any rank from 1 to `max_rank` and any alpha above 0."""
-        rank, largest = member.rank or self.rank, max(self.rank, self.max_rank)
-        if not 1 <= rank <= largest:
-            raise ProtocolError(problem(f"rank of {member.id}", f"1 to {largest}", rank, "See method.max_rank"))
-        alpha = member.alpha or self.alpha or 2.0 * rank
-        if not 0 < alpha < inf:
-            raise ProtocolError(problem(f"alpha of {member.id}", "a number above 0", alpha))
-        return Member(member.id, rank, alpha)
+        largest = max(self.rank, self.max_rank)
+        return averaging.any_mix(member, self.rank, self.alpha, largest, "method.max_rank")
 
     def broadcast(self, state: Tensors, since: int) -> Tensors:
-        """Sends the stacks of the rounds after `since`; the first time with the empty ones of version 0."""
-        return {name: array for name, array in state.items() if int(name[:6]) > since}
+        """Sends the stacks of the rounds after `since`, or the whole state where they are no longer apart."""
+        return history.lacking(state, since)
 
-    def fold(self, total: Fold | None, update: Tensors, member: Member, weight: int) -> Fold:
-        """Keeps the factors under the client's id: a stack is as large as what it is made of.
+    def replaces(self, received: Tensors) -> bool:
+        """Whether clients merge this into the base alone."""
+        return history.is_whole(received)
+
+    def fold(self, total: stacking.Stack | None, update: Tensors, member: Member, weight: int) -> stacking.Stack:
+        """Adds the factors, which robust folding compares at the end.
 
         Raises:
-            WireError: s_k A_k or B_k reach 2048 in magnitude: training diverged, and a stack might overflow its dtype.
+            WireError: training diverged, and a stack might overflow its dtype.
         """
-        for name, array in update.items():
-            exact.check_magnitude(array, f"{name} of {member.id}", self._scale(member) if name.endswith("/A") else 1.0)
-        return {**(total or {}), member.id: (member, weight, update)}
+        keep = bool(self.krum_byzantine or self.clip_norm)
+        return (total or stacking.Stack()).add(stacking.Reply(member, weight, self._scale(member), update), keep)
 
-    def finish(self, state: Tensors, total: Fold, weight: int) -> Tensors:
-        """Stacks the updates in order of client id."""
-        name = _round(last_round(state) + 1)
-        replies = [total[client] for client in sorted(total)]
-        stack: dict[str, Array] = {}
-        for layer in layers_of(replies[0][2]):
-            parts = [(u[key_a(layer)], n / weight * self._scale(m)) for m, n, u in replies]
-            stack[f"{name}/{key_a(layer)}"] = _stacked_scaled(parts)
-            stack[f"{name}/{key_b(layer)}"] = np.concatenate([u[key_b(layer)] for _, _, u in replies], axis=1)
-        return {**state, **stack}
+    def finish(self, state: Tensors, total: stacking.Stack, weight: int) -> Tensors:
+        """Adds the mean of the products, as the server optimiser says, and recompresses what is past the budget."""
+        number = history.last(state)
+        held = history.of_round(state, number) if self.start == "warm" else {}
+        mean = total.mean(weight, held, self.krum_byzantine, self.clip_norm)
+        p, q = self.server_optimizer.shares()
+        covered = mean.covered(held)
+        momentum = {n.removeprefix(FIRST): a for n, a in state.items() if n.startswith(FIRST)}
+        stays = {layer: 1 - p * c for layer, c in covered.items()}
+        after = self._after(state, number + 1, stacking.stacked((stays, held), (p, mean.factors), (q, momentum)))
+        if self.server_optimizer.name != "none":
+            goes, beta = {layer: -c for layer, c in covered.items()}, self.server_optimizer.beta1
+            change = stacking.stacked((goes, held), (1.0, mean.factors), (beta, momentum))
+            kept, _ = stacking.compact(change, self.rank_budget, self.energy)
+            after.update({FIRST + name: array for name, array in kept.items()})
+        for name, ids in ((_LEFT_OUT, mean.left_out), (_CLIPPED, mean.clipped)):
+            after.update({name: np.frombuffer("\n".join(ids).encode(), np.uint8)} if ids else {})
+        return after
+
+    def notes(self, state: Tensors, total: stacking.Stack) -> dict[str, list[str]]:
+        """Names whom multi-Krum left out and who was clipped, and says what recompression cut off."""
+        ids = {
+            n.removeprefix(PRIVATE): state[n].tobytes().decode().split() for n in (_LEFT_OUT, _CLIPPED) if n in state
+        }
+        return {**ids, **({"cut_off": [f"{state[_ERROR][0]:.3g} of the norm"]} if _ERROR in state else {})}
 
     def install(self, job: ClientJob, received: Tensors) -> None:
-        """Merges each missed round into the base weights, in order."""
-        for name in sorted({name[:6] for name in received} - {_round(0)}):
-            job.merge({key[7:]: array for key, array in received.items() if key[:6] == name})
+        """Merges each missed stack into the base, in order; a warm start keeps its leading components to train."""
+        if history.is_whole(received):
+            job.rebase()
+        for factors in history.missed(received):
+            job.merge(factors if self.start == "fresh" else _beyond(factors, job.member.rank))
+        if self.start == "warm":
+            newest = history.of_round(received, history.last(received))
+            job.attach(self._spec(job.member, newest), self._leading(job, newest))
 
     def client_update(self, job: ClientJob, expected: Manifest) -> Tensors:
-        """Trains a fresh adapter of this client's own rank."""
-        layers, member = tuple(layers_of(expected.names)), job.member
-        factors = job.train_fresh(LoraSpec(layers, member.rank, member.alpha, self.dropout, self.rslora))
-        return {name: array.astype(DTYPES[self.dtype], copy=False) for name, array in factors.items()}
+        """Trains an adapter of this client's own rank."""
+        spec = self._spec(job.member, expected.names)
+        return averaging.as_sent(job.train_fresh(spec) if self.start == "fresh" else job.train_attached(), expected)
+
+    def encode(self, update: Tensors, manifest: Manifest) -> Iterable[memoryview | bytes]:
+        """Balances the factors where a threshold would otherwise keep only the noise that A began with."""
+        return super().encode(balanced(update) if self.uplink.codec == "ternary" else update, manifest)
 
     def template(self, state: Tensors, member: Member) -> Manifest:
         """Expects A of (r_k, I) and B of (O, r_k) for every layer."""
-        specs = []
-        for layer in layers_of([name[7:] for name in state if name[:6] == _round(0)]):
-            inputs, outputs = (
-                state[f"{_round(0)}/{key_a(layer)}"].shape[1],
-                state[f"{_round(0)}/{key_b(layer)}"].shape[0],
-            )
-            specs.append(TensorSpec(key_a(layer), (member.rank, inputs), self.dtype))
-            specs.append(TensorSpec(key_b(layer), (outputs, member.rank), self.dtype))
-        return Manifest(tuple(specs))
+        return averaging.of_rank(history.of_round(state, 0), member.rank)
 
     def export(self, state: Tensors, folder: Path, base_model: str) -> None:
         """Writes all rounds as one adapter: their stacks, stacked, with scale 1."""
-        factors = stacked(state)
-        rank = max((factors[key_a(layer)].shape[0] for layer in layers_of(factors)), default=0)
-        save_peft(folder, factors, rank=max(rank, 1), alpha=max(rank, 1), base_model=base_model)
+        save_product(folder, history.joined(state), base_model)
+
+    def _after(self, state: Tensors, number: int, step: dict[str, Array]) -> dict[str, Array]:
+        """The history with this round's step: added to it, or in the place of all."""
+        past = {name: array for name, array in state.items() if history.is_past(name)}
+        added = {**past, **history.numbered(number, step)}
+        if self.start == "fresh":
+            step = history.joined(added)
+            if not 0 < self.rank_budget < stacking.width(step):
+                return added
+        small, error = stacking.compact(step, self.rank_budget, self.energy)
+        cut = {_ERROR: np.array([error])} if self.energy < 1 else {}
+        return {**history.numbered(0, history.of_round(state, 0)), **history.numbered(number, small), **cut}
+
+    def _leading(self, job: ClientJob, factors: Tensors) -> dict[str, Array]:
+        """A client's first r_k components as an adapter of its own scale; where there are fewer, rows of a fresh one.
+
+        A's rows get the length of fresh ones and B the rest: AdamW's steps are of one length, so small rows on both
+        sides would change the product more slowly than a fresh start does.
+        """
+        start = {name: array.copy() for name, array in job.fresh(self._spec(job.member, factors)).items()}
+        for layer in layers_of(factors):
+            a = factors[key_a(layer)][: job.member.rank].astype(np.float64)
+            b = factors[key_b(layer)][:, : job.member.rank].astype(np.float64)
+            lengths = np.linalg.norm(a, axis=1)
+            start[key_a(layer)][: len(a)] = a * (_ROW / lengths)[:, None]
+            start[key_b(layer)][:, : len(a)] = b * (lengths / (_ROW * self._scale(job.member)))
+        return start
+
+    def _spec(self, member: Member, names: Tensors | list[str]) -> LoraSpec:
+        return LoraSpec(tuple(layers_of(names)), member.rank, member.alpha, self.dropout, self.rslora)
 
     def _scale(self, member: Member) -> float:
         return lora_scale(member.rank, member.alpha, self.rslora)
 
 
-def last_round(state: Tensors) -> int:
-    """Number of the latest round in a state."""
-    return max(int(name[:6]) for name in state)
-
-
-def stacked(state: Tensors) -> dict[str, Array]:
-    """Joins the stacks of all rounds: `layer/A` (R, I) and `layer/B` (O, R), R the sum of all ranks so far."""
-    rounds = sorted({name[:6] for name in state})
-    factors: dict[str, Array] = {}
-    for layer in layers_of([name[7:] for name in state if name[:6] == rounds[0]]):
-        factors[key_a(layer)] = np.concatenate([state[f"{r}/{key_a(layer)}"] for r in rounds], axis=0)
-        factors[key_b(layer)] = np.concatenate([state[f"{r}/{key_b(layer)}"] for r in rounds], axis=1)
-    return factors
-
-
-def _round(number: int) -> str:
-    return f"{number:06d}"
-
-
-def _stacked_scaled(parts: Sequence[tuple[Array, float]]) -> Array:
-    """p_k s_k A_k one below the other; each product is taken in float64 and rounded once."""
-    first = parts[0][0]
-    stack = np.empty((sum(a_ri.shape[0] for a_ri, _ in parts), first.shape[1]), first.dtype)
-    row = 0
-    for a_ri, factor in parts:
-        rows = stack[row : row + a_ri.shape[0]]
-        np.multiply(a_ri, factor, out=rows, dtype=np.float64, casting="same_kind")
-        row += a_ri.shape[0]
-    return stack
+def _beyond(factors: Tensors, rank: int) -> dict[str, Array]:
+    """Leaves out the leading `rank` components."""
+    return {name: array[rank:] if name.endswith("/A") else array[:, rank:] for name, array in factors.items()}
