@@ -20,7 +20,7 @@ another --out.
     each_client = true              # with "train": every client alone on its rows; the table shows their mean
     [[plot]]
     file = "bytes.png"
-    x = "bytes"                     # of one client, up and down; or "round", or "seconds"
+    x = "bytes"                     # of one client, up and down; or "up", "round", "seconds"
     arms = ["flora"]                # none means all
 """
 
@@ -41,7 +41,7 @@ from matplotlib.figure import Figure
 
 from fedtune.config import Config, load
 
-LABELS = {"round": "round", "bytes": "bytes of one client, up and down", "seconds": "seconds"}
+LABELS = {"round": "round", "bytes": "bytes of one client, up and down", "up": "bytes one client sent", "seconds": "seconds"}
 
 
 @dataclass(frozen=True)
@@ -239,6 +239,8 @@ def _sums(values: Iterable[float]) -> list[Any]:
 def _x(x: str, row: Row) -> list[float]:
     if x == "bytes":
         return [(up + down) / row.clients for up, down in zip(row.up, row.down, strict=True)]
+    if x == "up":
+        return [up / row.clients for up in row.up]
     return row.seconds if x == "seconds" else [float(n) for n in range(1, len(row.path))]
 
 
