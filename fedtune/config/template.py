@@ -16,6 +16,7 @@ from typing import Any
 from fedtune.codecs.compression import Compression
 from fedtune.config.schema import Config
 from fedtune.methods import METHODS, FLoRA
+from fedtune.outer import ServerOptimizer
 
 Values = Mapping[str, Mapping[str, object]]
 
@@ -108,6 +109,8 @@ def reference() -> str:
     for name, kind in METHODS.items():
         parts.append(_table(f'## `[method]` with `name = "{name}"`', keys("method", kind)))
     parts.append(_table("## `[method.uplink]`: how tensors travel", keys("method.uplink", Compression)))
+    outer = keys("method.server_optimizer", ServerOptimizer)
+    parts.append(_table("## `[method.server_optimizer]`: the coordinator's own step", outer))
     return "\n".join(parts)
 
 
@@ -172,6 +175,8 @@ def _default(field: "dataclasses.Field[Any]") -> object:
     """The default of a schema field, whether given plainly or through pydantic's `Field`."""
     default = field.default
     default = getattr(default, "default", default) if type(default).__name__ == "FieldInfo" else default
+    if isinstance(default, ServerOptimizer):
+        return default.name
     return default.codec if isinstance(default, Compression) else default
 
 
