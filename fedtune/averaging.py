@@ -13,9 +13,11 @@ from fedtune.codecs.compression import Compression, change, changed
 from fedtune.errors import ProtocolError, problem
 from fedtune.lora import find_layers, kaiming_uniform, key_a, key_b, layers_of, scale_array
 from fedtune.method import BaseModel, ClientJob, Member
-from fedtune.tensors import DTYPES, Array, Manifest, Tensors, TensorSpec, dtype_name
+from fedtune.outer import ServerOptimizer
+from fedtune.tensors import DTYPES, PRIVATE, Array, Manifest, Tensors, TensorSpec, dtype_name
 
 Total = dict[str, exact.ExactSum]
+Kept = dict[str, tuple[Member, int, Tensors]]
 
 
 def drawn(base: BaseModel, targets: Sequence[str], rank: int, dtype: str, seed: int) -> dict[str, Array]:
@@ -64,6 +66,17 @@ def add(total: Total | None, update: Tensors, member: Member, weight: int) -> To
     }
 
 
+def keep(total: Kept | None, update: Tensors, member: Member, weight: int) -> Kept:
+    """Keeps the factors under the client's id, for those who compare clients; raises as `add` does."""
+    check(update, member)
+    return {**(total or {}), member.id: (member, weight, update)}
+
+
+def exact_means(total: Total, weight: int) -> dict[str, Array]:
+    """Returns the means of the arrays that were summed, float64."""
+    return {name: array.mean(weight, np.dtype(np.float64)) for name, array in total.items()}
+
+
 def check(update: Tensors, member: Member, scale: float = 1.0) -> None:
     """Raises WireError when B, or `scale` times A, holds a magnitude of 2048 and more: training diverged."""
     for name, array in update.items():
@@ -75,9 +88,22 @@ def means(state: Tensors, total: Total, weight: int) -> dict[str, Array]:
     return {n: total[n].mean(weight, array.dtype) if n in total else array for n, array in state.items()}
 
 
+def closed(state: Tensors, mean: Tensors, outer: ServerOptimizer) -> dict[str, Array]:
+    """Returns the shared part of `state` after the server optimiser's step to `mean` (float64), and its moments."""
+    shared = public(state)
+    if outer.is_plain:
+        return {**shared, **{name: array.astype(shared[name].dtype) for name, array in mean.items()}}
+    return {**shared, **outer.step({name: shared[name] for name in mean}, mean, state)}
+
+
+def public(state: Tensors) -> dict[str, Array]:
+    """Leaves out the coordinator's own part."""
+    return {name: array for name, array in state.items() if not name.startswith(PRIVATE)}
+
+
 def only(state: Tensors, side: str) -> dict[str, Array]:
     """Picks one side, `A` or `B`, of every layer."""
-    return {name: array for name, array in state.items() if name.endswith(f"/{side}")}
+    return {name: array for name, array in public(state).items() if name.endswith(f"/{side}")}
 
 
 def as_sent(factors: Tensors, expected: Manifest) -> dict[str, Array]:

@@ -22,8 +22,8 @@ from fedtune.errors import WireError, problem
 from fedtune.lora import key_a, key_b, layers_of
 from fedtune.lowrank import Doubles, Pair
 from fedtune.method import Member
-from fedtune.robust import clip_factors, multi_krum
 from fedtune.tensors import Array, Tensors
+from fedtune.trust import trusted
 
 _DIGITS = 16  # bytes of an exact sum's entry
 Weights: TypeAlias = float | Mapping[str, Doubles]
@@ -135,29 +135,6 @@ def changes(reply: Reply, held: Tensors) -> dict[str, Pair]:
         )
         for layer, (a, b) in own.items()
     }
-
-
-def trusted(made: Sequence[Mapping[str, Pair]], byzantine: int, limit: float) -> tuple[list[int], Doubles]:
-    """Decides by the products alone which updates count, and by how much.
-
-    Args:
-        made: for each client what it changed in each layer, in order of client id.
-        byzantine: how many multi-Krum leaves out; 0 leaves out none.
-        limit: longest change, Frobenius norm over all layers; 0 clips none.
-
-    Returns:
-        The indices of those kept, and for every client the factor that shortens its change, at most 1.
-
-    Raises:
-        RoundError: too few clients for multi-Krum.
-    """
-    kept, norms = list(range(len(made))), np.zeros(len(made))
-    if byzantine:
-        gram = sum((lowrank.inner_products([one[layer] for one in made]) for layer in made[0]), np.zeros(()))
-        kept = list(multi_krum(lowrank.squared_distances(gram), byzantine, len(made) - byzantine))
-    if limit:
-        norms = np.sqrt([sum(lowrank.squared_norm(*pair) for pair in one.values()) for one in made])
-    return kept, clip_factors(norms, limit) if limit else np.ones(len(made))
 
 
 def stacked(*parts: tuple[Weights, Tensors], least: str | None = None) -> dict[str, Array]:

@@ -28,7 +28,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from fedtune import averaging, history, stacking
+from fedtune import averaging, history, stacking, trust
 from fedtune.balance import balanced
 from fedtune.codecs.compression import Compression, Link
 from fedtune.errors import ConfigError, problem
@@ -37,7 +37,7 @@ from fedtune.method import BaseModel, ClientJob, Member, Method
 from fedtune.outer import FIRST, Outer, ServerOptimizer
 from fedtune.tensors import PRIVATE, Array, Manifest, Tensors
 
-_ERROR, _LEFT_OUT, _CLIPPED = PRIVATE + "error", PRIVATE + "left_out", PRIVATE + "clipped"
+_ERROR = PRIVATE + "error"
 _ROW = 3**-0.5  # length that a fresh row of A has: I entries drawn from U(-1/sqrt(I), 1/sqrt(I))
 
 
@@ -147,16 +147,12 @@ class FLoRA(Method):
             change = stacking.stacked((goes, held), (1.0, mean.factors), (beta, momentum))
             kept, _ = stacking.compact(change, self.rank_budget, self.energy)
             after.update({FIRST + name: array for name, array in kept.items()})
-        for name, ids in ((_LEFT_OUT, mean.left_out), (_CLIPPED, mean.clipped)):
-            after.update({name: np.frombuffer("\n".join(ids).encode(), np.uint8)} if ids else {})
-        return after
+        return {**after, **trust.noted(mean.left_out, mean.clipped)}
 
     def notes(self, state: Tensors, total: stacking.Stack) -> dict[str, list[str]]:
         """Names whom multi-Krum left out and who was clipped, and says what recompression cut off."""
-        ids = {
-            n.removeprefix(PRIVATE): state[n].tobytes().decode().split() for n in (_LEFT_OUT, _CLIPPED) if n in state
-        }
-        return {**ids, **({"cut_off": [f"{state[_ERROR][0]:.3g} of the norm"]} if _ERROR in state else {})}
+        cut = {"cut_off": [f"{state[_ERROR][0]:.3g} of the norm"]} if _ERROR in state else {}
+        return {**trust.notes(state), **cut}
 
     def install(self, job: ClientJob, received: Tensors) -> None:
         """Merges each missed stack into the base, in order; a warm start keeps its leading components to train."""
