@@ -14,6 +14,7 @@ import numpy as np
 
 from fedtune import lowrank
 from fedtune.averaging import Kept
+from fedtune.errors import RoundError, problem
 from fedtune.lora import key_a, key_b
 from fedtune.lowrank import Doubles, Pair
 from fedtune.robust import clip_factors, multi_krum
@@ -94,8 +95,13 @@ def trimmed(kept: Kept, trim: int) -> dict[str, Array]:
     """Averages each entry over the clients but for its `trim` largest and `trim` smallest values (float64).
 
     Every client left counts the same, whatever its examples: Yin et al. 2018 (arXiv 1803.01498), definition 2.
+
+    Raises:
+        RoundError: fewer than 2 `trim` + 1 clients.
     """
     ids = sorted(kept)
+    if len(ids) <= 2 * trim:
+        raise RoundError(problem("updates for a trimmed mean", f"at least 2 * {trim} + 1", len(ids)))
     means: dict[str, Array] = {}
     for name in kept[ids[0]][2]:
         values = np.sort(np.stack([kept[client][2][name] for client in ids]).astype(np.float64), axis=0)

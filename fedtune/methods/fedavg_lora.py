@@ -8,15 +8,16 @@ client (`fedtune.personal`).
 """
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from fedtune import averaging, personal
+from fedtune import averaging, personal, trust
 from fedtune.codecs.compression import Compression, Link
-from fedtune.lora import LoraSpec, layers_of, save_peft
+from fedtune.lora import LoraSpec, layers_of, lora_scale, save_peft
 from fedtune.method import BaseModel, ClientJob, Member, Method
+from fedtune.outer import Outer, ServerOptimizer
 from fedtune.tensors import Manifest, Tensors
 
 
@@ -34,6 +35,11 @@ class FedAvgLoRA(Method):
         personal: layers or factors that every client keeps to itself: globs such as `layers.3.*` or `lora_B`.
         uplink: how updates travel: the name of a codec, or a table of the keys below. All but `raw` send how far the
             factors moved.
+        server_optimizer: what the coordinator does with the means: `none` (they are the next factors), `momentum`,
+            `nesterov`, `adam` or `yogi`, or a table of the keys below.
+        krum_byzantine: f, clients a round that may be hostile: multi-Krum leaves out the f whose products B A are
+            farthest from the others'. Rounds need 2 f + 3 updates.
+        clip_norm: longest change of B A by a client, all layers together; longer ones are shortened; 0 shortens none.
     """
 
     name: ClassVar[str] = "fedavg-lora"
@@ -46,6 +52,15 @@ class FedAvgLoRA(Method):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     personal: tuple[str, ...] = ()
     uplink: Link = Compression()
+    server_optimizer: Outer = ServerOptimizer()
+    krum_byzantine: int = Field(default=0, ge=0, le=1000)
+    clip_norm: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "FedAvgLoRA":
+        if self._judges and self.personal:
+            raise ValueError("krum_byzantine and clip_norm need the whole product B A: no factor may be personal")
+        return self
 
     def init(self, base: BaseModel, seed: int) -> Tensors:
         """Draws A as PEFT does, from `seed`; B is zero."""
@@ -58,15 +73,30 @@ class FedAvgLoRA(Method):
 
     def broadcast(self, state: Tensors, since: int) -> Tensors:
         """Sends the whole adapter."""
-        return state
+        return averaging.public(state)
 
-    def fold(self, total: averaging.Total | None, update: Tensors, member: Member, weight: int) -> averaging.Total:
-        """Adds weight * A and weight * B as integers, into `total` itself; a value too large changes nothing."""
-        return averaging.add(total, update, member, weight)
+    def fold(self, total: Any, update: Tensors, member: Member, weight: int) -> averaging.Total | averaging.Kept:
+        """Adds weight * A and weight * B as integers, into `total` itself; a value too large changes nothing.
 
-    def finish(self, state: Tensors, total: averaging.Total, weight: int) -> Tensors:
-        """Divides by the summed weight."""
-        return averaging.means(state, total, weight)
+        Robust folding compares clients, so it keeps what each has sent.
+        """
+        return (averaging.keep if self._judges else averaging.add)(total, update, member, weight)
+
+    def finish(self, state: Tensors, total: Any, weight: int) -> Tensors:
+        """Divides by the summed weight, and takes the server optimiser's step.
+
+        Raises:
+            RoundError: too few updates for multi-Krum.
+        """
+        if not self._judges:
+            return averaging.closed(state, averaging.exact_means(total, weight), self.server_optimizer)
+        judged = trust.averaged(state, total, self._scale, self.krum_byzantine, self.clip_norm)
+        after = averaging.closed(state, judged.means, self.server_optimizer)
+        return {**after, **trust.noted(judged.left_out, judged.clipped)}
+
+    def notes(self, state: Tensors, total: Any) -> dict[str, list[str]]:
+        """Names whom multi-Krum left out and whose change was shortened."""
+        return trust.notes(state)
 
     def install(self, job: ClientJob, received: Tensors) -> None:
         """Attaches the averaged adapter, with the client's own factors where it has some."""
@@ -85,15 +115,24 @@ class FedAvgLoRA(Method):
 
     def template(self, state: Tensors, member: Member) -> Manifest:
         """Expects what was sent."""
-        return personal.shared(state)
+        return personal.shared(averaging.public(state))
 
     def export(self, state: Tensors, folder: Path, base_model: str) -> None:
         """Writes the averaged adapter, without layers of which a factor is personal."""
-        save_peft(folder, state, rank=self.rank, alpha=self._alpha, rslora=self.rslora, base_model=base_model)
+        factors = averaging.public(state)
+        save_peft(folder, factors, rank=self.rank, alpha=self._alpha, rslora=self.rslora, base_model=base_model)
 
     @property
     def _alpha(self) -> float:
         return self.alpha or 2.0 * self.rank
+
+    @property
+    def _scale(self) -> float:
+        return lora_scale(self.rank, self._alpha, self.rslora)
+
+    @property
+    def _judges(self) -> bool:
+        return bool(self.krum_byzantine or self.clip_norm)
 
     def _spec(self, factors: Tensors) -> LoraSpec:
         return LoraSpec(tuple(layers_of(factors)), self.rank, self._alpha, self.dropout, self.rslora)
