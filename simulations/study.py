@@ -18,6 +18,11 @@ another --out.
     seeds = [0, 1, 2]               # `run.seed` of each repetition; it draws clients, held-out rows and all else
     command = "simulate"            # or "train": all rows in one place
     each_client = true              # with "train": every client alone on its rows; the table shows their mean
+    variants = ["iid"]              # in which of the variants below it is run; none means all
+    [[variant]]                     # every arm is run in each variant: a row of its own, named ARM-VARIANT
+    name = "iid"
+    title = "equal shares"
+    set = ["simulation.partition=iid"]
     [[plot]]
     file = "bytes.png"
     x = "bytes"                     # of one client, up and down; or "up", "round", "seconds"
@@ -41,7 +46,12 @@ from matplotlib.figure import Figure
 
 from fedtune.config import Config, load
 
-LABELS = {"round": "round", "bytes": "bytes of one client, up and down", "up": "bytes one client sent", "seconds": "seconds"}
+LABELS = {
+    "round": "round",
+    "bytes": "bytes of one client, up and down",
+    "up": "bytes one client sent",
+    "seconds": "seconds",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,7 @@ class Arm:
     seeds: tuple[int, ...] = (0,)
     command: str = "simulate"
     each_client: bool = False
+    variants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
