@@ -56,6 +56,37 @@ class ZeroOrder:
     loss_clip: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which weights a seed method tunes.
+
+    `all` of the model's own; the `sparse` ones, a fraction `density` of each tensor, those smallest in the base; or
+    the factors of the adapter `lora` on it, whose A is drawn from `seed`.
+    """
+
+    kind: Literal["all", "sparse", "lora"] = "all"
+    density: float = 1.0
+    lora: LoraSpec | None = None
+    seed: int = 0
+
+    def to_text(self) -> dict[str, str]:
+        """Writes it down, for the head of a file."""
+        about = {"train": self.kind, "density": repr(self.density), "part_seed": str(self.seed)}
+        if self.lora is None:
+            return about
+        return {**about, "layers": "\n".join(self.lora.layers), "rank": str(self.lora.rank), "alpha": repr(self.lora.alpha)}
+
+    @classmethod
+    def from_text(cls, about: Mapping[str, str]) -> "Part":
+        """Reads what `to_text` wrote; raises KeyError or ValueError for anything else."""
+        kind = about["train"]
+        if kind not in ("all", "sparse", "lora"):
+            raise ValueError(kind)
+        layers = tuple(about["layers"].split("\n")) if kind == "lora" else ()
+        spec = LoraSpec(layers, int(about["rank"]), float(about["alpha"])) if layers else None
+        return cls(kind, float(about["density"]), spec, int(about["part_seed"]))
+
+
 class ClientJob(Protocol):
     """What a method may ask of a client's model. Implemented with torch in `fedtune.training.job`.
 
@@ -94,11 +125,11 @@ class ClientJob(Protocol):
         The sides named in `frozen` (`A`, `B`) stay as they are, in every layer.
         """
 
-    def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
-        """Sets all weights to base + 2**-exponent * sum_k c_k z_k; returns the SHA-256 of the model (32 bytes)."""
+    def replay(self, part: Part, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
+        """Sets what `part` names to base + 2**-exponent * sum_k c_k z_k; returns the SHA-256 of it (32 bytes)."""
 
-    def zo_steps(self, pool: Pool, seeds: Coefficients, plan: ZeroOrder) -> Array:
-        """Trains all weights along `seeds` (one a direction), and returns each one's scalar; NaN where it was skipped.
+    def zo_steps(self, part: Part, pool: Pool, seeds: Coefficients, plan: ZeroOrder) -> Array:
+        """Trains `part` along `seeds` (one a direction), and returns each one's scalar; NaN where it was skipped.
 
         The model is left as it was before.
         """
@@ -117,6 +148,11 @@ class Method(ABC):
     name: ClassVar[str]
     uplink: Compression = Compression()
     """How updates travel. A method that ships tensors has a field of this name (type `codecs.compression.Link`)."""
+
+    @property
+    def least_updates(self) -> int:
+        """How many updates a round needs at least; `rounds.min_clients` may not be below."""
+        return 1
 
     # coordinator: needs no model, holds one partial sum
     @abstractmethod

@@ -3,6 +3,7 @@
 import difflib
 import tomllib
 from dataclasses import fields, is_dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedtune.config.schema import Config
 from fedtune.errors import ConfigError
 from fedtune.method import Method
 from fedtune.methods import METHODS, FLoRA
+from fedtune.outer import ServerOptimizer
 
 _DORA = (
     "DoRA is not supported: its magnitudes divide by the norm of W + B A, so no stack or mean of clients' factors is "
@@ -55,6 +57,12 @@ def parse(raw: dict[str, Any], source: str = "configuration") -> Config:
         config = TypeAdapter(Config).validate_python({**sections, "method": method})
     except ValidationError as error:
         faults = _faults(error, raw) + faults
+    else:
+        least, rounds = config.method.least_updates, config.rounds
+        certain = ceil(rounds.quorum * min(rounds.clients or rounds.min_clients, rounds.min_clients))
+        if certain < least:
+            why = f"{least} updates a round (min_clients, times quorum), so that robust folding can compare clients"
+            faults.append(f"rounds.min_clients: expected enough for {why}, got {certain}")
     if faults:
         head = f"{source}: {len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise ConfigError("\n".join([head, *(f"  {fault}" for fault in faults)]))
@@ -119,7 +127,7 @@ def _known(section: list[str], raw: dict[str, Any]) -> list[str]:
         return [field.name for field in fields(Config)]
     if section[0] == "method":
         if len(section) > 1:
-            return [f.name for f in fields(Compression)]
+            return [f.name for f in fields(ServerOptimizer if section[1] == "server_optimizer" else Compression)]
         method = METHODS.get(str(raw.get("method", {}).get("name", "flora")))
         return ["name", *(f.name for f in fields(method))] if method and is_dataclass(method) else ["name"]
     kind = next((field.type for field in fields(Config) if field.name == section[0]), None)

@@ -62,6 +62,11 @@ class FedAvgLoRA(Method):
             raise ValueError("krum_byzantine and clip_norm need the whole product B A: no factor may be personal")
         return self
 
+    @property
+    def least_updates(self) -> int:
+        """What robust folding needs to tell the few from the many."""
+        return 2 * self.krum_byzantine + 3 if self.krum_byzantine else 1
+
     def init(self, base: BaseModel, seed: int) -> Tensors:
         """Draws A as PEFT does, from `seed`; B is zero."""
         drawn = averaging.drawn(base, self.target_modules, self.rank, self.dtype, seed)

@@ -72,6 +72,11 @@ class FedKSeed(Method):
     krum_byzantine: int = Field(default=0, ge=0, le=1000)
     clip_norm: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
+    @property
+    def least_updates(self) -> int:
+        """What robust folding needs to tell the few from the many."""
+        return 2 * self.krum_byzantine + 3 if self.krum_byzantine else 1
+
     def init(self, base: BaseModel, seed: int) -> Tensors:
         """Starts at the base: no scalar yet."""
         Pool(self.pool, seed, self.seeds)  # raises ConfigError for a size that the pool does not have

@@ -62,6 +62,11 @@ class FFALoRA(Method):
             raise ValueError("trim takes the place of krum_byzantine and clip_norm: set only one kind of robust mean")
         return self
 
+    @property
+    def least_updates(self) -> int:
+        """What robust folding needs to tell the few from the many."""
+        return max(2 * self.trim + 1, 2 * self.krum_byzantine + 3 if self.krum_byzantine else 1)
+
     def init(self, base: BaseModel, seed: int) -> Tensors:
         """Draws A_0 from the run's seed; B is zero."""
         return averaging.drawn(base, self.target_modules, self.rank, self.dtype, seed)

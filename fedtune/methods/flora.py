@@ -95,6 +95,11 @@ class FLoRA(Method):
             raise ValueError(f"{what} needs rank_budget, or start = 'warm': without, stacks are never recompressed")
         return self
 
+    @property
+    def least_updates(self) -> int:
+        """What robust folding needs to tell the few from the many."""
+        return 2 * self.krum_byzantine + 3 if self.krum_byzantine else 1
+
     def init(self, base: BaseModel, seed: int) -> Tensors:
         """Starts from stacks of rank 0: they hold no numbers, only the layers' shapes.
 

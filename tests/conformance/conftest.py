@@ -23,10 +23,21 @@ from fedtune.simulation import Result, simulate
 from fedtune.testing import open_toy, toy_base
 from fedtune.worker import Worker
 
-_CODED = ["fedavg-lora by int8", "fedavg-lora by ternary"]
-_CODECS: dict[str, dict[str, Any]] = {
+_VARIANTS = [
+    "fedavg-lora by int8",
+    "fedavg-lora by ternary",
+    "fedavg-lora by adam",
+    "ffa-lora by nesterov",
+    "flora by warm start",
+    "flora by budget",
+]
+_OPTIONS: dict[str, dict[str, Any]] = {
     "int8": {"uplink.codec": "int8"},
     "ternary": {"uplink.codec": "ternary", "uplink.density": 0.1, "uplink.feedback": True},
+    "adam": {"server_optimizer.name": "adam", "clip_norm": 0.5},
+    "nesterov": {"server_optimizer.name": "nesterov", "clip_norm": 0.5},
+    "warm start": {"start": "warm", "rank_budget": 6, "energy": 0.99, "clip_norm": 0.5},
+    "budget": {"rank": 4, "rank_budget": 16, "server_optimizer.name": "momentum"},
 }
 _SMALL: dict[str, dict[str, Any]] = {
     "fedkseed": {"seeds": 128, "steps": 4, "learning_rate": 1e-4, "eps": 1e-2, "pro": True}
@@ -88,7 +99,7 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_base(tmp_path_factory.mktemp("base"))
 
 
-@pytest.fixture(params=sorted(METHODS) + _CODED)
+@pytest.fixture(params=sorted(METHODS) + _VARIANTS)
 def method(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -98,11 +109,11 @@ def make(tmp_path: Path, toy_folder: Path) -> Callable[..., tuple[Config, Path]]
     """Builds a configuration and its TOML file."""
 
     def build(method: str, name: str = "run", *, clients: int = 3, rounds: int = 3, **more: Any) -> tuple[Config, Path]:
-        method, _, codec = method.partition(" by ")
+        method, _, variant = method.partition(" by ")
         sections: dict[str, dict[str, Any]] = {
             "run": {"folder": str(tmp_path / name), "seed": 7},
             "model": {"name": str(toy_folder)},
-            "method": {"name": method, **_SMALL.get(method, {"rank": 2}), **_CODECS.get(codec, {})},
+            "method": {"name": method, **_SMALL.get(method, {"rank": 2}), **_OPTIONS.get(variant, {})},
             "rounds": {"count": rounds, "min_clients": more.get("min_clients", clients)},
             "server": {"address": "127.0.0.1:0"},
             "simulation": {"clients": clients, "ranks": list(more.get("ranks", ()))},

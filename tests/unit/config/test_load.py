@@ -168,3 +168,28 @@ def test_an_override_is_one_line(value: str, tmp_path: Path) -> None:
 
 def test_an_override_may_hold_an_escaped_newline(tmp_path: Path) -> None:
     assert load(write(tmp_path, ""), ('data.template="Q: {prompt}\\nA: "',)).data.template == "Q: {prompt}\nA: "
+
+
+@pytest.mark.parametrize(
+    ("method", "rounds", "fits"),
+    [
+        ("name = 'flora'\nkrum_byzantine = 1", "min_clients = 4", False),
+        ("name = 'flora'\nkrum_byzantine = 1", "min_clients = 5", True),
+        ("name = 'fedavg-lora'\nkrum_byzantine = 1", "min_clients = 8\nquorum = 0.5", False),
+        ("name = 'fedavg-lora'\nkrum_byzantine = 1", "min_clients = 9\nquorum = 0.5", True),
+        ("name = 'ffa-lora'\ntrim = 1", "min_clients = 3\nclients = 2", False),
+        ("name = 'ffa-lora'\ntrim = 1", "min_clients = 3", True),
+        ("name = 'flora'\nclip_norm = 1.0", "", True),
+    ],
+)
+def test_robust_folding_needs_enough_clients_for_certain(method: str, rounds: str, fits: bool, tmp_path: Path) -> None:
+    text = f"[method]\n{method}\n[rounds]\n{rounds}\n"
+    if fits:
+        load(write(tmp_path, text))
+    else:
+        assert "rounds.min_clients: expected enough for" in message(text, tmp_path)
+
+
+def test_a_table_within_the_method_names_its_own_keys(tmp_path: Path) -> None:
+    said = message("[method.server_optimizer]\nname = 'momentum'\nlearning_rat = 1.0", tmp_path)
+    assert "method.server_optimizer.learning_rat: unknown key; did you mean learning_rate?" in said
