@@ -5,7 +5,7 @@
 A study is a folder with `config.toml`, which every arm starts from, and `arms.toml`, which says what each arm changes
 and what is drawn. Every arm is an ordinary `fedtune simulate` or `fedtune train`. Run the same command again to go on:
 an arm that is done is not run again, and a simulation that was cut short continues in its round. Other settings need
-another --out.
+another --out. `--one-process` runs them as the plain loop instead (`oneprocess.py`): the same bits, without programs.
 
 `arms.toml`:
 
@@ -36,7 +36,7 @@ import sys
 import tomllib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -100,6 +100,7 @@ class Row:
         path: held-out loss at the base and after each round, on few rows.
         up, down: bytes after each round, of all clients together.
         seconds: after each round.
+        own: loss of clients' own models on their own rows, a mean; None where none was measured.
     """
 
     arm: str
@@ -111,6 +112,7 @@ class Row:
     down: list[int]
     seconds: list[float]
     clients: int
+    own: float | None = None
 
 
 class Study:
@@ -118,11 +120,14 @@ class Study:
 
     def __init__(self, folder: Path, arms_file: str, out: Path, extra: list[str], only: list[str]) -> None:
         about = tomllib.loads((folder / arms_file).read_text())
-        arms = [Arm(**{k: tuple(v) if isinstance(v, list) else v for k, v in arm.items()}) for arm in about["arm"]]
+        arms = [_built(Arm, arm) for arm in about["arm"]]
         if strangers := set(only) - {arm.name for arm in arms}:
             raise SystemExit(f"--only: expected names of {arms_file}, got {sorted(strangers)}")
-        self.arms = [arm for arm in arms if not only or arm.name in only]
-        self.plots = [Plot(**{**p, "arms": tuple(p.get("arms", ()))}) for p in about.get("plot", [])]
+        arms = [arm for arm in arms if not only or arm.name in only]
+        variants = [_built(Arm, variant) for variant in about.get("variant", [])]
+        self.arms = [_varied(arm, v) for v in variants for arm in arms if not arm.variants or v.name in arm.variants]
+        self.arms = self.arms or arms
+        self.plots = [_built(Plot, plot) for plot in about.get("plot", [])]
         self.rows: int = about["rows"]
         self.file, self.out, self.extra = folder / "config.toml", out, [*about.get("set", []), *extra]
         self.clients = self._config(self.extra).simulation.clients
@@ -133,13 +138,19 @@ class Study:
         pairs.sort(key=lambda pair: pair[0].seeds.index(pair[1]))
         return [Job(arm, seed, i) for arm, seed in pairs for i in (range(self.clients) if arm.each_client else (-1,))]
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job, one_process: bool = False) -> None:
         """Runs one command unless its report is there already."""
         result = self.out / f"{job.name}.json"
         if result.exists():
             return
         print(f"{job.name}: {job.arm.title}", flush=True)
         folder = self.out / job.name
+        if one_process:
+            import oneprocess  # beside this file; it needs torch, which the programs import for themselves
+
+            config = self._config([*self._sets(job), f"run.folder={folder}"])
+            oneprocess.run(config, job.arm.command, job.index, folder, result, self.rows)
+            return
         sets = [*self._sets(job), f"run.folder={folder}"]
         index = ["--index", str(job.index)] if job.index >= 0 else []
         with (self.out / f"{job.name}.log").open("a") as log:
@@ -167,13 +178,14 @@ class Study:
         clients = self._config(self._sets(job)).simulation.clients
         if job.arm.command == "train":
             path = [report["held_out"][when]["loss"] for when in ("base", "final")]
-            seconds = [report["training"]["seconds"]]
-            return Row(job.arm.name, job.seed, final["base"], final["final"], path, [], [], seconds, clients)
+            seconds, own = [report["training"]["seconds"]], report["training"].get("own_loss")
+            return Row(job.arm.name, job.seed, final["base"], final["final"], path, [], [], seconds, clients, own)
         rounds = report["rounds"]
         path = [report["held_out"]["base"]["loss"], *(r["held_out"]["loss"] for r in rounds)]
         up, down = (_sums(r[key] for r in rounds) for key in ("bytes_up", "bytes_down"))
         seconds = _sums(r["seconds"] for r in rounds)
-        return Row(job.arm.name, job.seed, final["base"], final["final"], path, up, down, seconds, clients)
+        own = rounds[-1].get("own", {}).get("loss", {}).get("mean")
+        return Row(job.arm.name, job.seed, final["base"], final["final"], path, up, down, seconds, clients, own)
 
     def _sets(self, job: Job) -> list[str]:
         return [*self.extra, *job.arm.set, f"run.seed={job.seed}"]
@@ -188,21 +200,26 @@ def mean_of(rows: list[Row]) -> Row:
     path = [fmean(losses) for losses in zip(*(r.path for r in rows), strict=True)]
     seconds = [sum(s) for s in zip(*(r.seconds for r in rows), strict=True)]
     first = rows[0]
-    return Row(first.arm, first.seed, first.base, figures, path, first.up, first.down, seconds, first.clients)
+    own = None if first.own is None else fmean(r.own for r in rows if r.own is not None)
+    return Row(first.arm, first.seed, first.base, figures, path, first.up, first.down, seconds, first.clients, own)
 
 
 def table(arms: list[Arm], rows: list[Row]) -> str:
     """Markdown, one line an arm: mean and standard deviation over seeds; bytes of one client over the whole run."""
+    owned = any(r.own is not None for r in rows)
     lines = [
-        "| | seeds | held-out loss | accuracy | up, a client | down, a client | seconds |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-        f"| base model | | {_spread([r.base['loss'] for r in rows])} | {_accuracy([r.base for r in rows])} | | | |",
+        f"| | seeds | held-out loss | accuracy |{' own rows |' * owned} up, a client | down, a client | seconds |",
+        f"|---|---:|---:|---:|---:|---:|---:|{'---:|' * owned}",
+        f"| base model | | {_spread(list({r.seed: r.base['loss'] for r in rows}.values()))} | "
+        f"{_accuracy(list({r.seed: r.base for r in rows}.values()))} |{' |' * owned} | | |",
     ]
     for arm in arms:
         mine = [r for r in rows if r.arm == arm.name]
         moved = [_size(fmean(r[-1] / n for r, n in rs)) if rs else "" for rs in _traffic(mine)]
         loss, accuracy = _spread([r.figures["loss"] for r in mine]), _accuracy([r.figures for r in mine])
         seconds = f"{fmean(r.seconds[-1] for r in mine):.0f}"
+        own = [r.own for r in mine if r.own is not None]
+        accuracy += f" | {_spread(own) if own else ''}" * owned
         lines.append(f"| {arm.title} | {len(mine)} | {loss} | {accuracy} | {moved[0]} | {moved[1]} | {seconds} |")
     return "\n".join(lines) + "\n"
 
@@ -232,6 +249,15 @@ def draw(plot: Plot, arms: list[Arm], rows: list[Row], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(path)
+
+
+def _built(kind: Any, values: dict[str, Any]) -> Any:
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _varied(arm: Arm, variant: Arm) -> Arm:
+    title, sets = f"{arm.title}, {variant.title}", (*variant.set, *arm.set)
+    return replace(arm, name=f"{arm.name}-{variant.name}", title=title, set=sets)
 
 
 def _fedtune(command: str, file: Path, sets: Iterable[str], *rest: str) -> list[str]:
@@ -279,16 +305,18 @@ def main() -> None:
     parser.add_argument("--arms", default="arms.toml", metavar="FILE", help="in the study's folder")
     parser.add_argument("--out", type=Path, help="default: runs/NAME, or runs/NAME-ARMS for another --arms")
     parser.add_argument("--only", nargs="*", default=[], metavar="ARM")
+    parser.add_argument("--seeds", nargs="*", type=int, metavar="N", help="just these of an arm's seeds")
     parser.add_argument("--jobs", type=int, default=1, help="commands at a time")
+    parser.add_argument("--one-process", action="store_true", help="arms as plain loops, one after another, in here")
     parser.add_argument("--set", action="append", default=[], dest="extra", metavar="KEY=VALUE")
     options = parser.parse_args()
     name = options.study.resolve().name + options.arms.removeprefix("arms").removesuffix(".toml")
     out = options.out or Path("runs") / name
     out.mkdir(parents=True, exist_ok=True)
     study = Study(options.study, options.arms, out, options.extra, options.only)
-    jobs = study.jobs()
+    jobs = [job for job in study.jobs() if options.seeds is None or job.seed in options.seeds]
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(study.run, jobs))
+        list(pool.map(lambda job: study.run(job, options.one_process), jobs))
         rows = list(pool.map(study.row, jobs))
     alike = [[r for r, j in zip(rows, jobs, strict=True) if (j.arm, j.seed) == key] for key in _keys(jobs)]
     joined = [mean_of(group) for group in alike]

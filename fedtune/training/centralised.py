@@ -8,8 +8,8 @@ from fedtune.base import open_base
 from fedtune.config import Config, Shared
 from fedtune.config.members import member_config, member_ids
 from fedtune.errors import ProtocolError, problem
-from fedtune.lora import layers_of, save_peft
-from fedtune.method import Member
+from fedtune.lora import key_b, layers_of, save_peft
+from fedtune.method import BaseModel, Member
 from fedtune.rounds import Replica, Round
 from fedtune.tensors import Tensors
 from fedtune.training.encoding import Row
@@ -62,11 +62,26 @@ def train_centralised(
         config = member_config(config, index, config.client.address)
     worker = TorchWorker.open(config, Shared.of(config), index, on_step, rows)
     base = open_base(resolve_model(config.model.name, config.model.revision), config.model.name)
-    member = config.method.admit(Member(member_ids(config)[index or 0], config.client.rank, config.client.alpha))
+    return train_with(worker, config, base, index or 0)
+
+
+def train_with(worker: TorchWorker, config: Config, base: BaseModel, index: int = 0) -> Trained:
+    """Trains an opened worker for one round, as simulated client `index` would be.
+
+    Raises:
+        ProtocolError: the method's update is no whole adapter.
+        TrainingError: training fails.
+    """
+    member = config.method.admit(Member(member_ids(config)[index], config.client.rank, config.client.alpha))
     first = Round(config.method, config.method.init(base, config.run.seed), 1)
     task, job = first.task(member), worker.job(config.method, member, 1)
     Replica().install(config.method, task, job)
     update = config.method.client_update(job, task.update)
-    if not layers_of(update):
-        raise ProtocolError(problem("method.name", "a method that trains LoRA factors", config.method.name))
+    layers = layers_of(update)
+    if not layers or not all(key_b(layer) in update for layer in layers):
+        want, remedy = (
+            "a method whose update is a LoRA adapter",
+            "Set method.name to flora, to compare with any of them",
+        )
+        raise ProtocolError(problem("method.name", want, config.method.name, remedy))
     return Trained(update, member, worker.metrics)
