@@ -190,6 +190,10 @@ class Method(ABC):
         """Whether a broadcast takes the place of all that the client has received before, instead of adding to it."""
         return False
 
+    def unpacked(self, job: ClientJob, received: Tensors) -> Tensors:
+        """Returns the parts of the state that `broadcast` described; the digest that replicas report is of these."""
+        return received
+
     @abstractmethod
     def install(self, job: ClientJob, received: Tensors) -> None:
         """Brings the client's model to the version that `broadcast` described."""

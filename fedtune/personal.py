@@ -38,7 +38,7 @@ def withheld(state: Tensors, patterns: Sequence[str]) -> dict[str, Array]:
             raise ConfigError(problem("method.personal", "names of adapted layers or factors", repr(pattern)))
     if all(is_personal(name, patterns) for name in state):
         raise ConfigError(problem("method.personal", "a part of the adapter", "all of it: nothing would be shared"))
-    return {name: _emptied(name, array) if is_personal(name, patterns) else array for name, array in state.items()}
+    return {name: emptied(name, array) if is_personal(name, patterns) else array for name, array in state.items()}
 
 
 def shared(state: Tensors) -> Manifest:
@@ -60,5 +60,6 @@ def keep(job: ClientJob, trained: Tensors, expected: Manifest) -> None:
     job.memory.update({KEPT + name: array for name, array in trained.items() if name not in sent})
 
 
-def _emptied(name: str, array: Array) -> Array:
+def emptied(name: str, array: Array) -> Array:
+    """Returns a factor of rank 0 that is as wide as `array`."""
     return array[:0] if name.endswith("/A") else array[:, :0]

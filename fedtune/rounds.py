@@ -116,10 +116,11 @@ class Replica:
             return
         if task.since != self.version:
             raise WireError(problem("task.since", f"the version this client holds ({self.version})", task.since))
-        method.install(job, task.payload)
-        if method.replaces(task.payload):
+        received = method.unpacked(job, task.payload)
+        method.install(job, received)
+        if method.replaces(received):
             self.leaves.clear()
-        self.leaves.update({name: leaf_digest(name, array) for name, array in task.payload.items()})
+        self.leaves.update({name: leaf_digest(name, array) for name, array in received.items()})
         self.version = task.version
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from fedtune import averaging, personal, trust
+from fedtune import averaging, downlink, personal, trust
 from fedtune.codecs.compression import Compression, Link
 from fedtune.lora import LoraSpec, layers_of, lora_scale, save_peft
 from fedtune.method import BaseModel, ClientJob, Member, Method
@@ -35,6 +35,7 @@ class FedAvgLoRA(Method):
         personal: layers or factors that every client keeps to itself: globs such as `layers.3.*` or `lora_B`.
         uplink: how updates travel: the name of a codec, or a table of the keys below. All but `raw` send how far the
             factors moved.
+        downlink: how the averaged adapter travels, likewise. The coordinator itself takes the step that it sends.
         server_optimizer: what the coordinator does with the means: `none` (they are the next factors), `momentum`,
             `nesterov`, `adam` or `yogi`, or a table of the keys below.
         krum_byzantine: f, clients a round that may be hostile: multi-Krum leaves out the f whose products B A are
@@ -52,6 +53,7 @@ class FedAvgLoRA(Method):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     personal: tuple[str, ...] = ()
     uplink: Link = Compression()
+    downlink: Link = Compression()
     server_optimizer: Outer = ServerOptimizer()
     krum_byzantine: int = Field(default=0, ge=0, le=1000)
     clip_norm: float = Field(default=0.0, ge=0)
@@ -77,8 +79,8 @@ class FedAvgLoRA(Method):
         return averaging.same_for_all(member, self.rank, self._alpha, "Averaging A and B needs equal shapes")
 
     def broadcast(self, state: Tensors, since: int) -> Tensors:
-        """Sends the whole adapter."""
-        return averaging.public(state)
+        """Sends the whole adapter, or its last step if that is compressed."""
+        return downlink.lacking(state, since)
 
     def fold(self, total: Any, update: Tensors, member: Member, weight: int) -> averaging.Total | averaging.Kept:
         """Adds weight * A and weight * B as integers, into `total` itself; a value too large changes nothing.
@@ -94,14 +96,20 @@ class FedAvgLoRA(Method):
             RoundError: too few updates for multi-Krum.
         """
         if not self._judges:
-            return averaging.closed(state, averaging.exact_means(total, weight), self.server_optimizer)
-        judged = trust.averaged(state, total, self._scale, self.krum_byzantine, self.clip_norm)
-        after = averaging.closed(state, judged.means, self.server_optimizer)
-        return {**after, **trust.noted(judged.left_out, judged.clipped)}
+            after = averaging.closed(state, averaging.exact_means(total, weight), self.server_optimizer)
+        else:
+            judged = trust.averaged(state, total, self._scale, self.krum_byzantine, self.clip_norm)
+            after = averaging.closed(state, judged.means, self.server_optimizer)
+            after |= trust.noted(judged.left_out, judged.clipped)
+        return downlink.taken(state, after, self.downlink)
 
     def notes(self, state: Tensors, total: Any) -> dict[str, list[str]]:
         """Names whom multi-Krum left out and whose change was shortened."""
         return trust.notes(state)
+
+    def unpacked(self, job: ClientJob, received: Tensors) -> Tensors:
+        """Adds a compressed step to the adapter this client holds."""
+        return downlink.unpacked(job, received, self.downlink, self.dtype, self.personal)
 
     def install(self, job: ClientJob, received: Tensors) -> None:
         """Attaches the averaged adapter, with the client's own factors where it has some."""

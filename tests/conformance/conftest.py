@@ -25,15 +25,19 @@ from fedtune.worker import Worker
 
 _VARIANTS = [
     "fedavg-lora by int8",
-    "fedavg-lora by ternary",
+    "fedavg-lora by feedback",
+    "fedavg-lora by both ways",
     "fedavg-lora by adam",
     "ffa-lora by nesterov",
     "flora by warm start",
     "flora by budget",
+    "flora by ternary",
 ]
 _OPTIONS: dict[str, dict[str, Any]] = {
     "int8": {"uplink.codec": "int8"},
-    "ternary": {"uplink.codec": "ternary", "uplink.density": 0.1, "uplink.feedback": True},
+    "ternary": {"uplink.codec": "ternary", "uplink.density": 0.1},
+    "feedback": {"uplink.codec": "ternary", "uplink.density": 0.1, "uplink.feedback": True},
+    "both ways": {"uplink": "int4", "downlink.codec": "ternary", "downlink.feedback": True},
     "adam": {"server_optimizer.name": "adam", "clip_norm": 0.5},
     "nesterov": {"server_optimizer.name": "nesterov", "clip_norm": 0.5},
     "warm start": {"start": "warm", "rank_budget": 6, "energy": 0.99, "clip_norm": 0.5},

@@ -1,0 +1,70 @@
+"""A compressed broadcast: the state moves only by steps that a codec can write, so whoever adds them has the same bits.
+
+    step = after - state, and with feedback what earlier steps left out        state' = state + decode(encode(step))
+
+The bytes of the last step lie beside the state, in its private part. A client that holds the version before receives
+just them, any other the whole state.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedtune.averaging import public
+from fedtune.codecs.compression import RESIDUAL, Compression, change, changed
+from fedtune.method import ClientJob
+from fedtune.personal import emptied, is_personal
+from fedtune.tensors import DTYPES, PRIVATE, Array, Manifest, Tensors
+
+STEP = "step"
+_STEP, _VERSION, _LEFT = PRIVATE + STEP, PRIVATE + "version", PRIVATE + RESIDUAL
+
+
+def taken(state: Tensors, after: Tensors, downlink: Compression) -> Tensors:
+    """Returns the next state as clients can receive it: as near to `after` as one encoded step leads.
+
+    Guarantees: with feedback, states and what is left out telescope as `fedtune.codecs.feedback` says.
+    """
+    if downlink.exact:
+        return after
+    before = {name: array for name, array in public(state).items() if array.size}
+    manifest = _manifest(before)
+    left = {name.removeprefix(PRIVATE): array for name, array in state.items() if name.startswith(_LEFT)}
+    step = downlink.carry(change({name: after[name] for name in manifest.names}, before), manifest, left)
+    code = b"".join(downlink.coder.encode(step, manifest))
+    number = int(state[_VERSION][0]) + 1 if _VERSION in state else 1
+    return {
+        **after,
+        **changed(before, downlink.coder.decode(code, manifest)),
+        **{PRIVATE + name: array for name, array in left.items()},
+        _STEP: np.frombuffer(code, np.uint8),
+        _VERSION: np.array([number]),
+    }
+
+
+def lacking(state: Tensors, since: int) -> dict[str, Array]:
+    """Returns what brings a client from version `since` to `state`: the last step, or the whole."""
+    if _STEP in state and since == int(state[_VERSION][0]) - 1:
+        return {STEP: state[_STEP]}
+    return public(state)
+
+
+def unpacked(
+    job: ClientJob, received: Tensors, downlink: Compression, dtype: str, personal: Sequence[str] = ()
+) -> Tensors:
+    """Returns the shared state that a step, or the whole state, leads to.
+
+    Raises:
+        WireError: the bytes are no step for the adapter this client holds.
+    """
+    if downlink.exact or STEP not in received:
+        return received
+    held = {name: emptied(name, a) if is_personal(name, personal) else a for name, a in job.attached().items()}
+    before = {name: array.astype(DTYPES[dtype]) for name, array in held.items()}
+    manifest = _manifest({name: array for name, array in before.items() if array.size})
+    return {**before, **changed(before, downlink.coder.decode(received[STEP].data, manifest))}
+
+
+def _manifest(factors: Tensors) -> Manifest:
+    """Describes factors in the order of their names, which both sides know."""
+    return Manifest.of({name: factors[name] for name in sorted(factors)})
