@@ -100,8 +100,10 @@ def linear(model: PreTrainedModel, layer: str) -> nn.Module:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """Input and output features (I, O) of a linear layer."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features  # a quantised weight has another shape
     rows, columns = module.get_parameter("weight").shape
-    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+    return rows, columns
 
 
 def _check_fit(layer: str, module: nn.Module, factors: Tensors, rank: int) -> None:

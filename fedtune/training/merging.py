@@ -1,12 +1,15 @@
 """A base model into which adapters are merged, and which can always be had back as it was."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from fedtune.errors import ModelError, problem
 from fedtune.lora import key_a, key_b, layers_of
-from fedtune.tensors import Tensors
+from fedtune.tensors import Array, Tensors
 from fedtune.training.lora import change, features, linear
 
 
@@ -16,6 +19,9 @@ class MergedBase:
     Merging makes new weights and keeps the old ones, which cost nothing where they are mapped from a file. The sum is
     held in float32, so a bfloat16 weight is rounded once however many rounds are merged.
 
+    Nothing is merged into a quantised weight (integers, or floats of one byte), which would round the change away: the
+    factors stay beside it, and their product with the layer's input is added to its output.
+
     Attributes:
         model: the model.
     """
@@ -24,6 +30,7 @@ class MergedBase:
         self.model = model
         self._original: dict[str, torch.Tensor] = {}
         self._exact: dict[str, torch.Tensor] = {}
+        self._beside: dict[str, _Beside] = {}
 
     def merge(self, factors: Tensors) -> None:
         """Adds B A to the weights of each layer of `factors` (`layer/A` (R, I), `layer/B` (O, R)).
@@ -42,10 +49,17 @@ class MergedBase:
         """Puts the original weights back, bit for bit."""
         for layer, weight in self._original.items():
             linear(self.model, layer).get_parameter("weight").data = weight
-        self._original, self._exact = {}, {}
+        for beside in self._beside.values():
+            beside.hook.remove()
+        self._original, self._exact, self._beside = {}, {}, {}
 
     def _add(self, layer: str, module: nn.Module, factors: Tensors) -> None:
         weight = module.get_parameter("weight")
+        if not weight.is_floating_point() or weight.element_size() == 1:
+            if layer not in self._beside:
+                self._beside[layer] = _Beside(module)
+            self._beside[layer].add(factors[key_a(layer)], factors[key_b(layer)])
+            return
         self._original.setdefault(layer, weight.data)
         start = self._exact.get(layer, weight.data)
         total = start.float() + change(module, factors[key_a(layer)], factors[key_b(layer)])
@@ -59,3 +73,21 @@ class MergedBase:
         want = (a_ri.shape[0], inputs), (outputs, a_ri.shape[0])
         if (a_ri.shape, b_or.shape) != want:
             raise ModelError(problem(f"factors of {layer}", want, (a_ri.shape, b_or.shape)))
+
+
+class _Beside:
+    """Factors beside a layer whose weight stays as it is, in the order in which they came."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._device = module.get_parameter("weight").device
+        self.hook = module.register_forward_hook(self._added)
+
+    def add(self, a_ri: Array, b_or: Array) -> None:
+        """Adds B A to what the layer computes."""
+        a, b = (torch.from_numpy(factor.astype(np.float32)).to(self._device) for factor in (a_ri, b_or))
+        self._pairs.append((a, b))
+
+    def _added(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        x = inputs[0].float()
+        return output + sum((x @ a.T @ b.T for a, b in self._pairs)).to(output.dtype)

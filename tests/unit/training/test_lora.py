@@ -1,10 +1,15 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
 
 from fedtune.errors import ModelError
 from fedtune.lora import LoraSpec, key_a, key_b, load_peft, save_peft
+from fedtune.method import Member
+from fedtune.training.job import TorchJob
 from fedtune.training.lora import change, fresh_factors, injected, linear
 from fedtune.training.merging import MergedBase
 
@@ -178,3 +183,63 @@ def test_a_bad_layer_among_good_ones_merges_nothing(llama):
     with pytest.raises(ModelError, match="nowhere"):
         MergedBase(llama).merge(factors)
     assert torch.equal(_logits(llama), before)
+
+
+class Int8Linear(nn.Linear):
+    """A quantised layer: integers and one scale for each output."""
+
+    def __init__(self, layer):
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.scale = layer.weight.abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((layer.weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return x @ (self.weight.float() * self.scale).T
+
+
+def test_a_quantised_base_is_never_merged_into(llama):
+    """Stacks stay beside it: the integers keep every bit, outputs and gradients are those of a merged weight."""
+    name = "model.layers.0.self_attn.q_proj"
+    parent, old = llama.get_submodule("model.layers.0.self_attn"), llama.get_submodule(name)
+    parent.q_proj = layer = Int8Linear(old)
+    try:
+        bits, rng = layer.weight.clone(), np.random.Generator(np.random.Philox(key=0))
+        x = torch.from_numpy(rng.normal(size=(2, 5, 64)).astype(np.float32))
+        plain, base, want = layer(x), MergedBase(llama), layer.weight.float() * layer.scale
+        for rank in (3, 0, 2):
+            a, b = rng.normal(size=(rank, 64)).astype(np.float32), rng.normal(size=(64, rank)).astype(np.float32)
+            base.merge({key_a(name): a, key_b(name): b})
+            want = want + torch.from_numpy(b @ a)
+        assert torch.equal(layer.weight, bits)
+        assert torch.allclose(layer(x), x @ want.T, atol=1e-4)
+        spec = LoraSpec((name,), 2, 4.0)
+        with injected(llama, spec, fresh_factors(llama, spec, 1)) as adapter:
+            assert torch.allclose(llama.get_submodule(name)(x), x @ want.T, atol=1e-4)
+            llama.get_submodule(name)(x).square().sum().backward()
+            assert all(weight.grad is not None for weight in adapter.weights.values())
+        base.reset()
+        assert torch.equal(layer(x), plain)
+    finally:
+        parent.q_proj = old
+
+
+def test_a_job_goes_back_to_its_base_bit_for_bit(llama):
+    name = "model.layers.0.self_attn.q_proj"
+    weight = llama.get_submodule(name).weight
+    before, factors = weight.clone(), fresh_factors(llama, LoraSpec((name,), 2, 4.0), 1)
+    factors[key_b(name)] += 1
+    worker = SimpleNamespace(base=MergedBase(llama), attached=None, memory={})
+    job = TorchJob(worker, Member("a", 2, 4.0), 0)
+    for _ in range(3):
+        job.merge(factors)
+    job.attach(LoraSpec((name,), 2, 4.0), factors)
+    assert not torch.equal(weight, before)
+    job.rebase()
+    assert torch.equal(weight, before)
+    assert worker.attached is None
+    job.merge(factors)
+    once = weight.clone()
+    job.rebase()
+    job.merge(factors)
+    assert torch.equal(weight, once)
+    job.rebase()
