@@ -7,10 +7,10 @@ state -broadcast(since)-> Tensors == bytes ==> install, client_update -> Tensors
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from fedtune.codecs.compression import Compression
 from fedtune.directions import Coefficients, Pool
