@@ -2,18 +2,29 @@
 
 In the coordinator's state a personal factor has rank 0. It says that the layer is there and how wide it is, and holds
 no number: what clients receive and send then has no byte of it. A client puts its own, from its memory, in its place.
+
+The run's adapter has zeros where one factor of a layer is personal, and no layer of which both are; `own_adapter` puts
+a client's factors in.
 """
 
+import json
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 
-from fedtune.errors import ConfigError, problem
-from fedtune.lora import LoraSpec
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from fedtune.errors import ConfigError, ModelError, problem
+from fedtune.lora import LoraSpec, key_a, key_b, layers_of, save_peft
 from fedtune.method import ClientJob
 from fedtune.tensors import Array, Manifest, Tensors
 
 KEPT = "personal/"
 """Prefix of personal factors in a client's memory."""
+MEMORY = "memory.safetensors"
+"""The file in a client's folder that holds its memory."""
 
 
 def is_personal(factor: str, patterns: Sequence[str]) -> bool:
@@ -63,3 +74,45 @@ def keep(job: ClientJob, trained: Tensors, expected: Manifest) -> None:
 def emptied(name: str, array: Array) -> Array:
     """Returns a factor of rank 0 that is as wide as `array`."""
     return array[:0] if name.endswith("/A") else array[:, :0]
+
+
+def exported(state: Tensors, rank: int) -> dict[str, Array]:
+    """Puts zeros where one factor of a layer is personal, so that a client's own fits in."""
+    factors: dict[str, Array] = {}
+    for layer in layers_of(state):
+        a, b = state[key_a(layer)], state[key_b(layer)]
+        if a.size or b.size:
+            factors[key_a(layer)] = a if a.size else np.zeros((rank, a.shape[1]), b.dtype)
+            factors[key_b(layer)] = b if b.size else np.zeros((b.shape[0], rank), a.dtype)
+    return factors
+
+
+def own_adapter(adapter: Path, memory: Path, folder: Path) -> None:
+    """Writes a client's own PEFT directory: the run's adapter with the personal factors of its memory put in.
+
+    Args:
+        adapter: the run's PEFT directory.
+        memory: the client's `memory.safetensors`.
+        folder: to write.
+
+    Raises:
+        ModelError: a file is missing or damaged, or nothing in the memory is personal.
+    """
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        stored, kept = load_file(adapter / "adapter_model.safetensors"), load_file(memory)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(problem(f"{adapter} and {memory}", "a run's adapter and a client's memory", error)) from error
+    own = {name.removeprefix(KEPT): array for name, array in kept.items() if name.startswith(KEPT)}
+    if not own:
+        raise ModelError(problem(str(memory), "personal factors", "none", "See method.personal"))
+    factors = {**{_plain(name): array for name, array in stored.items()}, **own}
+    rank, alpha, rslora = int(config["r"]), float(config["lora_alpha"]), bool(config["use_rslora"])
+    base = str(config["base_model_name_or_path"] or "")
+    save_peft(folder, factors, rank=rank, alpha=alpha, rslora=rslora, base_model=base)
+
+
+def _plain(name: str) -> str:
+    """`layer/A` of PEFT's name of a factor."""
+    layer, _, side = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+    return f"{layer}/{side}"

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from fedtune.cli.console import out
 from fedtune.errors import ConfigError, ModelError, StorageError, problem
 from fedtune.installed import need_training
+from fedtune.personal import MEMORY, own_adapter
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -21,6 +23,9 @@ def export(
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
     round_: Annotated[int, typer.Option("--round", help="Which round's adapter; the last one if not given.")] = 0,
     merge: Annotated[bool, typer.Option("--merge", help="Write a full model that needs no PEFT.")] = False,
+    own: Annotated[
+        Path | None, typer.Option(metavar="CLIENT", help="A client's folder: put in what is personal to that client.")
+    ] = None,
     base: Annotated[str, typer.Option(help="Base model to name or to merge into; the run's own if not given.")] = "",
     dtype: Annotated[str, typer.Option(help="Of the merged weights: float32 or bfloat16.")] = "float32",
 ) -> None:
@@ -30,6 +35,7 @@ def export(
 
     * `fedtune export runs/demo adapter`
     * `fedtune export runs/demo model --merge --dtype bfloat16`
+    * `fedtune export runs/demo mine --own runs/demo/clients/client-00`
     """
     adapter = find_adapter(source, round_)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -37,13 +43,17 @@ def export(
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(problem("--dtype", "float32 or bfloat16", dtype))
     try:
-        if merge:
-            _merge(adapter, target, base, dtype)
-        else:
-            _copy(adapter, target, base)
+        with TemporaryDirectory() as place:
+            if own:
+                whole, adapter = adapter, Path(place)
+                own_adapter(whole, own / MEMORY, adapter)
+            if merge:
+                _merge(adapter, target, base, dtype)
+            else:
+                _copy(adapter, target, base)
     except OSError as error:
         raise StorageError(problem(str(target), "a folder that can be written", error.strerror)) from error
-    out.print(f"Wrote {target} from {adapter}", markup=False, soft_wrap=True)
+    out.print(f"Wrote {target} from {source}", markup=False, soft_wrap=True)
 
 
 def find_adapter(source: Path, number: int = 0) -> Path:

@@ -131,8 +131,8 @@ class FedAvgLoRA(Method):
         return personal.shared(averaging.public(state))
 
     def export(self, state: Tensors, folder: Path, base_model: str) -> None:
-        """Writes the averaged adapter, without layers of which a factor is personal."""
-        factors = averaging.public(state)
+        """Writes the averaged adapter, with zeros in place of personal factors (`fedtune.personal`)."""
+        factors = personal.exported(averaging.public(state), self.rank)
         save_peft(folder, factors, rank=self.rank, alpha=self._alpha, rslora=self.rslora, base_model=base_model)
 
     @property

@@ -86,8 +86,8 @@ class FedSALoRA(Method):
         return personal.shared(state)
 
     def export(self, state: Tensors, folder: Path, base_model: str) -> None:
-        """Writes an adapter without layers: A alone changes nothing. The models are the clients'."""
-        save_peft(folder, state, rank=self.rank, alpha=self._alpha, rslora=self.rslora, base_model=base_model)
+        """Writes A beside a B of zeros, into which every client puts its own (`fedtune.personal.own_adapter`)."""
+        save_peft(folder, personal.exported(state, self.rank), rank=self.rank, alpha=self._alpha, rslora=self.rslora, base_model=base_model)
 
     @property
     def _alpha(self) -> float:

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, ModelError
+from fedtune.lora import load_peft
 from fedtune.method import Member
 from fedtune.methods import FedAvgLoRA
-from fedtune.personal import KEPT, is_personal
+from fedtune.personal import KEPT, is_personal, own_adapter
 from fedtune.rounds import Replica, Round, work
 from fedtune.tensors import digest
 from fedtune.testing import ToyWorker
@@ -90,3 +92,31 @@ def test_clients_draw_their_own(base, base_folder):
         drawn.append(worker.attached[1])
     same = {n for n in drawn[0] if np.array_equal(drawn[0][n], drawn[1][n])}
     assert same == {n for n in state if ".0." in n or n.endswith("/B")}
+
+
+def test_a_clients_own_adapter_has_the_layers_that_are_only_its_own(base, base_folder, tmp_path):
+    method = FedAvgLoRA(rank=2, alpha=3.0, personal=("layers.1.*",))
+    state = method.init(base, 0)
+    member, worker = method.admit(Member("a")), ToyWorker(base_folder)
+    job = worker.job(method, member, 1)
+    method.install(job, method.broadcast(state, -1))
+    method.client_update(job, method.template(state, member))
+    method.export(state, tmp_path / "run", "org/base")
+    assert not any(".1." in name for name in load_peft(tmp_path / "run"))
+    save_file({**worker.memory, "residual/x": np.zeros(3)}, tmp_path / "memory.safetensors")
+    own_adapter(tmp_path / "run", tmp_path / "memory.safetensors", tmp_path / "own")
+    mine = load_peft(tmp_path / "own")
+    name = "model.layers.1.self_attn.q_proj"
+    assert np.array_equal(mine[f"{name}/B"], worker.memory[f"{KEPT}{name}/B"])
+    assert np.allclose(mine[f"{name}/A"], 1.5 * worker.memory[f"{KEPT}{name}/A"])
+    assert set(mine) == set(state)
+
+
+def test_an_own_adapter_without_own_factors_is_refused(base, tmp_path):
+    method = FedAvgLoRA(rank=2)
+    method.export(method.init(base, 0), tmp_path / "run", "")
+    with pytest.raises(ModelError, match="a client's memory"):
+        own_adapter(tmp_path / "run", tmp_path / "memory.safetensors", tmp_path / "own")
+    save_file({"residual/x": np.zeros(3)}, tmp_path / "memory.safetensors")
+    with pytest.raises(ModelError, match="personal factors"):
+        own_adapter(tmp_path / "run", tmp_path / "memory.safetensors", tmp_path / "own")

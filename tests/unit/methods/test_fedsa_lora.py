@@ -1,11 +1,12 @@
 """FedSA-LoRA: A is everybody's, B is the client's."""
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from fedtune.lora import load_peft
 from fedtune.method import Member
 from fedtune.methods import FedAvgLoRA, FedSALoRA
-from fedtune.personal import KEPT
+from fedtune.personal import KEPT, own_adapter
 from fedtune.rounds import Round
 from fedtune.tensors import Manifest, digest
 from fedtune.testing import ToyWorker
@@ -51,7 +52,15 @@ def test_it_is_fedavg_lora_with_b_personal(base, base_folder, family):
     assert digest(ours[1]["b"].memory) == digest(same[1]["b"].memory)
 
 
-def test_there_is_no_global_adapter(base, tmp_path):
+def test_the_runs_adapter_is_a_beside_zeros_and_a_clients_has_its_b(base, base_folder, family, tmp_path):
     method = FedSALoRA(rank=2)
-    method.export(method.init(base, 0), tmp_path, "")
-    assert load_peft(tmp_path) == {}
+    states, workers, _ = family.play(method, base, base_folder, [Member("a"), Member("b")], 2)
+    method.export(states[2], tmp_path / "run", "org/base")
+    shared = load_peft(tmp_path / "run")
+    assert all(np.array_equal(shared[n], 2 * states[2][n]) for n in shared if n.endswith("/A"))
+    assert not any(shared[n].any() for n in shared if n.endswith("/B"))
+    save_file(workers["b"].memory, tmp_path / "memory.safetensors")
+    own_adapter(tmp_path / "run", tmp_path / "memory.safetensors", tmp_path / "own")
+    mine = load_peft(tmp_path / "own")
+    assert all(np.array_equal(mine[n], shared[n]) for n in mine if n.endswith("/A"))
+    assert all(np.array_equal(mine[n], workers["b"].memory[KEPT + n]) for n in mine if n.endswith("/B"))
