@@ -10,6 +10,7 @@ import numpy as np
 
 from fedtune import exact
 from fedtune.codecs.compression import Compression, change, changed
+from fedtune.codecs.signs import Code
 from fedtune.errors import ProtocolError, problem
 from fedtune.lora import find_layers, kaiming_uniform, key_a, key_b, layers_of, scale_array
 from fedtune.method import BaseModel, ClientJob, Member
@@ -66,6 +67,19 @@ def add(total: Total | None, update: Tensors, member: Member, weight: int) -> To
     }
 
 
+def add_codes(total: Total | None, codes: Sequence[Code], member: Member, weight: int) -> Total:
+    """Adds ternary codes without making arrays of them; raises, and gives the same sums, as `add` of their values."""
+    for code in codes:
+        exact.check_magnitude(np.array([code.magnitude]), f"{code.spec.name} of {member.id}")
+    sums = total or {
+        code.spec.name: exact.ExactSum(np.zeros(code.spec.shape, np.int64), np.zeros(code.spec.shape, np.int64))
+        for code in codes
+    }
+    for code in codes:
+        exact.add_at(sums[code.spec.name], *code.sparse(), code.magnitude, weight)
+    return sums
+
+
 def keep(total: Kept | None, update: Tensors, member: Member, weight: int) -> Kept:
     """Keeps the factors under the client's id, for those who compare clients; raises as `add` does."""
     check(update, member)
@@ -119,6 +133,11 @@ def moved(job: ClientJob, factors: Tensors, expected: Manifest, uplink: Compress
 def arrived(state: Tensors, update: Tensors, uplink: Compression) -> Tensors:
     """Returns the factors that `moved` was given, as far as the uplink kept them."""
     return update if uplink.exact else changed(state, update)
+
+
+def onward(state: Tensors, mean: Tensors, uplink: Compression) -> Tensors:
+    """Returns the mean of the factors, float64, from the mean of what clients sent: that is how far they moved."""
+    return mean if uplink.exact else {name: state[name].astype(np.float64) + array for name, array in mean.items()}
 
 
 def layers_in(factors: Tensors) -> tuple[str, ...]:

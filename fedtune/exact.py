@@ -54,6 +54,24 @@ def add(total: ExactSum | None, values: Array, weight: int, name: str) -> ExactS
     return total
 
 
+def add_at(total: ExactSum, places: Array, signs: Array, value: float, weight: int) -> None:
+    """Adds `weight * value * sign` at some places of a flattened sum, in place.
+
+    Args:
+        total: the sum, contiguous.
+        places: distinct.
+        signs: -1 or 1 for each of them (int8).
+        value: below 2048 in magnitude, as `check_magnitude` says.
+        weight: of the update.
+
+    Guarantees: the same sum as `add` of the dense array.
+    """
+    one = ExactSum(np.zeros(1, np.int64), np.zeros(1, np.int64))
+    _add_block(np.array([value]), weight, one.high, one.low)
+    for flat, term in ((total.high.reshape(-1), one.high[0]), (total.low.reshape(-1), one.low[0])):
+        flat[places] += signs * term
+
+
 def check_magnitude(values: Array, name: str, scale: float = 1.0) -> None:
     """Raises WireError when `scale * values` holds a magnitude of 2048 and more."""
     if values.size:

@@ -174,6 +174,13 @@ class Method(ABC):
         What raises must leave the total as it was.
         """
 
+    def take(self, total: Any, payload: memoryview | bytes, state: Tensors, member: Member, weight: int) -> Any:
+        """Decodes and folds one encoded update; raises WireError on what `decode` would refuse.
+
+        A method may override it to fold an update without making dense arrays of it: the total must be the same.
+        """
+        return self.fold(total, self.decode(payload, state, member), member, weight)
+
     @abstractmethod
     def finish(self, state: Tensors, total: Any, weight: int) -> Tensors:
         """Returns the next version of the state from a total of summed `weight`."""

@@ -77,8 +77,7 @@ class Round:
             raise WireError(problem("client", "one update a round", f"a second one from {member.id}"))
         if not 1 <= weight <= MAX_WEIGHT - self.weight:
             raise WireError(problem(f"weight of {member.id}", f"1 to {MAX_WEIGHT - self.weight}", weight))
-        update = self.method.decode(payload, self.state, member)
-        self.total = self.method.fold(self.total, update, member, weight)
+        self.total = self.method.take(self.total, payload, self.state, member, weight)
         self.weight += weight
         self.members.append(member.id)
 

@@ -14,7 +14,10 @@ from fedtune.codecs.blocks import Blocks
 from fedtune.codecs.budget import Budget
 from fedtune.codecs.codec import Codec
 from fedtune.codecs.narrow import Narrow
+from fedtune.codecs.reader import Reader
+from fedtune.codecs.signs import Code
 from fedtune.codecs.ternary import Ternary
+from fedtune.codecs.ternary_format import unpack
 from fedtune.tensors import Array, Manifest, Tensors
 
 RESIDUAL = "residual/"
@@ -29,8 +32,8 @@ class Compression:
         codec: `raw` (all bits), `bf16`, `int8` and `int4` (blocks of 64 values with one scale each), or `ternary`
             (ComPEFT: the largest values, of each only the sign).
         density: share of the values that `ternary` keeps.
-        budget_kb: thousand bytes an update may have; `ternary` then keeps what fits, at most half, whatever `density` is. 0
-            is no budget.
+        budget_kb: thousand bytes an update may have; `ternary` then keeps what fits, at most half, whatever `density`
+            is. 0 is no budget.
         alpha: `ternary` multiplies its scale by this.
         scale: of `ternary`: `least-squares` (mean magnitude of the kept values) or `std` (of all values: the paper's).
         top: `ternary` keeps the largest of the whole `vector`, as the paper does, or of each `tensor`.
@@ -71,6 +74,11 @@ class Compression:
             return Blocks(bits=8 if self.codec == "int8" else 4)
         ternary = Ternary(density=self.density, alpha=self.alpha, scale=self.scale, top=self.top, sigma=self.sigma)
         return Budget(ternary=ternary, nbytes=int(self.budget_kb * 1000)) if self.budget_kb else ternary
+
+    def codes(self, payload: memoryview | bytes, manifest: Manifest) -> list[Code]:
+        """Reads the codes of a `ternary` payload without making arrays of them; raises WireError as decoding would."""
+        Reader(payload, self.coder.largest(manifest))
+        return unpack(payload, manifest)[0]
 
     def carry(self, update: Tensors, manifest: Manifest, memory: dict[str, Array]) -> Tensors:
         """Returns what to encode: `update`, and with `feedback` what earlier updates left out.

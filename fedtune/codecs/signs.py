@@ -26,6 +26,11 @@ class Code:
     signs: Signs
     positions: Positions | None = None
 
+    @property
+    def magnitude(self) -> float:
+        """The scale as the tensor's dtype has it."""
+        return float(np.asarray(self.scale).astype(DTYPES[self.spec.dtype]))
+
     def sparse(self) -> tuple[Positions, Signs]:
         """Returns the places that are kept, and their signs."""
         if self.positions is not None:

@@ -89,6 +89,12 @@ class FedAvgLoRA(Method):
         """
         return (averaging.keep if self._judges else averaging.add)(total, update, member, weight)
 
+    def take(self, total: Any, payload: memoryview | bytes, state: Tensors, member: Member, weight: int) -> Any:
+        """Folds ternary codes as they are: only the kept values are touched."""
+        if self.uplink.codec != "ternary" or self._judges:
+            return super().take(total, payload, state, member, weight)
+        return averaging.add_codes(total, self.uplink.codes(payload, self.template(state, member)), member, weight)
+
     def finish(self, state: Tensors, total: Any, weight: int) -> Tensors:
         """Divides by the summed weight, and takes the server optimiser's step.
 
@@ -96,7 +102,8 @@ class FedAvgLoRA(Method):
             RoundError: too few updates for multi-Krum.
         """
         if not self._judges:
-            after = averaging.closed(state, averaging.exact_means(total, weight), self.server_optimizer)
+            mean = averaging.onward(state, averaging.exact_means(total, weight), self.uplink)
+            after = averaging.closed(state, mean, self.server_optimizer)
         else:
             judged = trust.averaged(state, total, self._scale, self.krum_byzantine, self.clip_norm)
             after = averaging.closed(state, judged.means, self.server_optimizer)
@@ -123,8 +130,9 @@ class FedAvgLoRA(Method):
         return averaging.moved(job, averaging.as_sent(trained, expected), expected, self.uplink)
 
     def decode(self, payload: memoryview | bytes, state: Tensors, member: Member) -> Tensors:
-        """Reads a client's factors; what was compressed is how far they are from the state's."""
-        return averaging.arrived(state, super().decode(payload, state, member), self.uplink)
+        """Reads a client's factors, or, where they are compressed, how far they moved."""
+        update = super().decode(payload, state, member)
+        return averaging.arrived(state, update, self.uplink) if self._judges else update
 
     def template(self, state: Tensors, member: Member) -> Manifest:
         """Expects what was sent."""

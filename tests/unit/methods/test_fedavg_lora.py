@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedtune.codecs.compression import Compression
 from fedtune.errors import ProtocolError, WireError
 from fedtune.lora import kaiming_uniform, key_a, key_b, layers_of, load_peft
 from fedtune.method import Member
@@ -177,3 +178,72 @@ def test_replicas_follow_every_round(base, base_folder, method):
                 assert digest(workers[i].attached[1]) == digest(state)
                 assert workers[i].attached[0].scale == 2
         state = current.close()
+
+
+CODED = [
+    Compression(codec="ternary", density=0.05),
+    Compression(codec="ternary", density=0.5, scale="std", sigma="vector"),
+    Compression(codec="ternary", budget_kb=0.4),
+]
+
+
+def _moves(method, state, seed, count=3):
+    """Payloads of what `count` clients moved by, as `client_update` leaves it to `encode`."""
+    manifest = method.template(state, MEMBERS[0])
+    bags = _updates(method, state, seed, count)
+    typed = [{s.name: bag[s.name].astype(DTYPES[s.dtype]) for s in manifest.specs} for bag in bags]
+    return [b"".join(method.encode(update, manifest)) for update in typed]
+
+
+@pytest.mark.parametrize("uplink", CODED, ids=repr)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_folding_codes_gives_the_bits_of_folding_what_they_decode_to(base, uplink, dtype):
+    method = FedAvgLoRA(rank=3, uplink=uplink, dtype=dtype)
+    state = method.init(base, 0)
+    payloads = _moves(method, state, 4)
+    taken = folded = None
+    for payload, member, weight in zip(payloads, MEMBERS[:3], (3, 1, 2**30), strict=True):
+        taken = method.take(taken, payload, state, member, weight)
+        folded = method.fold(folded, method.decode(payload, state, member), member, weight)
+    for name, one in folded.items():
+        np.testing.assert_array_equal(taken[name].high, one.high)
+        np.testing.assert_array_equal(taken[name].low, one.low)
+    assert digest(method.finish(state, taken, 2**30 + 4)) == digest(method.finish(state, folded, 2**30 + 4))
+
+
+@pytest.mark.parametrize("uplink", [*CODED, Compression(codec="int8"), Compression(codec="bf16")], ids=repr)
+def test_the_state_moves_by_the_mean_of_what_was_decoded(base, uplink):
+    method = FedAvgLoRA(rank=3, uplink=uplink)
+    state = method.init(base, 0)
+    payloads, manifest = _moves(method, state, 5), method.template(state, MEMBERS[0])
+    current = Round(method, state, 1)
+    for payload, member, weight in zip(payloads, MEMBERS[:3], (1, 2, 5), strict=True):
+        current.add(member, payload, weight)
+    after = current.close()
+    moves = [uplink.coder.decode(payload, manifest) for payload in payloads]
+    for name, array in state.items():
+        mean = sum(w * move[name].astype(np.float64) for w, move in zip((1, 2, 5), moves, strict=True)) / 8
+        np.testing.assert_allclose(after[name], array.astype(np.float64) + mean, rtol=1.2e-7, atol=1e-9)
+
+
+def test_robust_folding_sees_the_factors_themselves(base):
+    plain = FedAvgLoRA(rank=3, uplink="bf16")
+    judging = FedAvgLoRA(rank=3, uplink="bf16", clip_norm=1e6)
+    state = plain.init(base, 0)
+    (payload,) = _moves(plain, state, 6, 1)
+    move, factors = (m.decode(payload, state, MEMBERS[0]) for m in (plain, judging))
+    name = next(iter(state))
+    np.testing.assert_array_equal(factors[name], (state[name].astype(np.float64) + move[name]).astype(np.float32))
+
+
+def test_codes_that_diverged_are_refused_and_change_nothing(base):
+    method = FedAvgLoRA(rank=3, uplink=Compression(codec="ternary", density=0.5))
+    state = method.init(base, 0)
+    manifest = method.template(state, MEMBERS[0])
+    huge = {spec.name: np.full(spec.shape, 4096, np.float32) for spec in manifest.specs}
+    current = Round(method, state, 1)
+    current.add(MEMBERS[1], _moves(method, state, 7, 1)[0], 2)
+    before = digest(current.close())
+    with pytest.raises(WireError, match="below 2048"):
+        current.add(MEMBERS[0], b"".join(method.encode(huge, manifest)), 2)
+    assert digest(current.close()) == before
