@@ -70,6 +70,14 @@ def missed(received: Tensors) -> Iterator[dict[str, Array]]:
         yield of_round(received, number)
 
 
+def rank(state: Tensors) -> int:
+    """The sum of all rounds' ranks, in the layer where it is largest."""
+    ranks: dict[str, int] = {}
+    for name in (name for name in state if is_past(name) and name.endswith("/A")):
+        ranks[name[7:]] = ranks.get(name[7:], 0) + state[name].shape[0]
+    return max(ranks.values(), default=0)
+
+
 def joined(state: Tensors) -> dict[str, Array]:
     """Joins all rounds: `layer/A` (R, I) and `layer/B` (O, R), R the sum of their ranks."""
     rounds = [of_round(state, number) for number in sorted({int(name[:6]) for name in state if is_past(name)})]

@@ -113,13 +113,13 @@ class Stack:
         return Mean(stack, list(zip(ranks, shares, strict=True)), left_out, [ids[k] for k in kept if clips[k] < 1])
 
     def _sum_up(self) -> None:
-        for reply in self.replies.values():
+        while self.replies:
+            _, reply = self.replies.popitem()
             for layer, (a, b) in _pairs(reply.factors).items():
                 with one_thread():
                     product = b.astype(np.float64) @ (a.astype(np.float64) * reply.scale)
                 self.sums[layer] = exact.add(self.sums.get(layer), product, reply.weight, layer)
             self.summed.append((reply.member.rank, reply.weight))
-        self.replies.clear()
 
 
 def changes(reply: Reply, held: Tensors) -> dict[str, Pair]:
@@ -144,6 +144,8 @@ def stacked(*parts: tuple[Weights, Tensors], least: str | None = None) -> dict[s
     factors' and of `least`.
     """
     parts = tuple((weights, part) for weights, part in parts if part)
+    if len(parts) == 1 and parts[0][0] == 1.0 and least is None:
+        return dict(parts[0][1])
     dtypes = [array.dtype for _, part in parts for array in part.values()]
     dtype = np.result_type(*dtypes, *([least] if least else []))
     first = parts[0][1]
@@ -173,11 +175,6 @@ def compact(factors: Tensors, rank: int, energy: float) -> tuple[dict[str, Array
     return small, (cut / whole) ** 0.5 if whole else 0.0
 
 
-def width(factors: Tensors) -> int:
-    """The largest rank of any layer."""
-    return max((factors[key_a(layer)].shape[0] for layer in layers_of(factors)), default=0)
-
-
 def _pairs(factors: Tensors) -> dict[str, Pair]:
     return {layer: (factors[key_a(layer)], factors[key_b(layer)]) for layer in layers_of(factors)}
 
@@ -193,13 +190,12 @@ def _check(reply: Reply) -> None:
         exact.check_magnitude(a, f"{key_a(layer)} of {reply.member.id}", reply.scale)
         exact.check_magnitude(b, f"{key_b(layer)} of {reply.member.id}")
         # Cauchy-Schwarz: no entry of B A is larger than the longest row of B times the longest column of A.
-        longest = [
-            float(np.sqrt((x.astype(np.float64) ** 2).sum(axis=axis)).max(initial=0)) for x, axis in ((a, 0), (b, 1))
-        ]
-        if longest[0] * longest[1] * reply.scale >= exact.LIMIT:
+        columns, rows = (x.astype(np.float32, copy=False) for x in (a, b))
+        squares = np.einsum("ri,ri->i", columns, columns), np.einsum("or,or->o", rows, rows)
+        largest = reply.scale * float(np.sqrt(squares[0].max(initial=0)) * np.sqrt(squares[1].max(initial=0)))
+        if largest >= exact.LIMIT:
             want = f"a product below {exact.LIMIT:.0f}"
-            got = longest[0] * longest[1] * reply.scale
-            raise WireError(problem(f"{layer} of {reply.member.id}", want, got, "Training diverged"))
+            raise WireError(problem(f"{layer} of {reply.member.id}", want, largest, "Training diverged"))
 
 
 def _weighted(parts: Sequence[tuple[Array, float | Doubles]], dtype: np.dtype[Any]) -> Array:

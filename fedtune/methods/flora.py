@@ -191,9 +191,9 @@ class FLoRA(Method):
         past = {name: array for name, array in state.items() if history.is_past(name)}
         added = {**past, **history.numbered(number, step)}
         if self.start == "fresh":
-            step = history.joined(added)
-            if not 0 < self.rank_budget < stacking.width(step):
+            if not 0 < self.rank_budget < history.rank(added):
                 return added
+            step = history.joined(added)
         small, error = stacking.compact(step, self.rank_budget, self.energy)
         cut = {_ERROR: np.array([error])} if self.energy < 1 else {}
         return {**history.numbered(0, history.of_round(state, 0)), **history.numbered(number, small), **cut}
