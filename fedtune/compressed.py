@@ -7,6 +7,9 @@ base model's weights (a full fine-tune).
     4 bytes   length of what follows, little-endian
     ...       JSON, deflated by zlib: {"tensors": [[name, dtype, shape], ...]}
     ...       the payload of `fedtune.codecs.ternary_format`, to the end of the file
+
+A full fine-tune may hold singular vectors instead (`fedtune.codecs.spectral`): then the JSON has `"groups": [[vectors,
+bits], ...]`, too, and the payload is theirs.
 """
 
 import json
@@ -22,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fedtune.balance import balance
+from fedtune.codecs.spectral import Spectral
 from fedtune.codecs.ternary import Ternary
 from fedtune.errors import ConfigError, ModelError, StorageError, WireError, problem
 from fedtune.tensors import DTYPES, Array, Manifest, Tensors, TensorSpec
@@ -32,6 +36,7 @@ CONFIG = "adapter_config.json"
 TERNARY = "weights.ternary"
 _MAX_HEADER = 1 << 26
 _MAX_BYTES = 1 << 36
+_MAX_GROUPS, _MAX_VECTORS = 16, 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +48,24 @@ class Sizes:
     after: int
 
 
-def compress(source: Path, target: Path, codec: Ternary, *, base: Path | None = None, balanced: bool = True) -> Sizes:
+def compress(
+    source: Path, target: Path, codec: Ternary | Spectral, *, base: Path | None = None, balanced: bool = True
+) -> Sizes:
     """Writes a compressed copy of a PEFT LoRA or IA3 adapter, or of a full fine-tune of `base`, to a new folder.
 
     Args:
         source: a PEFT adapter folder, or a model folder with safetensors.
         target: the folder to write.
-        codec: density, alpha and scale.
+        codec: density, alpha and scale; or groups of singular vectors, for a full fine-tune.
         base: the model that was fine-tuned; None for an adapter.
         balanced: bring LoRA factors into balance first (see `fedtune.balance`).
 
     Raises:
         ModelError: `source` is neither, or is damaged.
-        ConfigError: `target` is not empty.
+        ConfigError: `target` is not empty, or the codec is not for an adapter.
     """
+    if isinstance(codec, Spectral) and base is None:
+        raise ConfigError(problem("--codec", "ternary for an adapter", "one of singular vectors, which it is already"))
     weights = load_weights(source)
     change = difference(source, weights, base)
     if balanced:
@@ -131,11 +140,13 @@ def balance_lora(weights: Tensors) -> dict[str, Array]:
     return out
 
 
-def write(tensors: Tensors, codec: Ternary) -> bytes:
+def write(tensors: Tensors, codec: Ternary | Spectral) -> bytes:
     """Returns the bytes of a `.ternary` file."""
     manifest = Manifest.of(tensors)
-    text = json.dumps({"tensors": [[s.name, s.dtype, s.shape] for s in manifest.specs]}, separators=(",", ":"))
-    header = zlib.compress(text.encode(), 9)
+    about: dict[str, Any] = {"tensors": [[s.name, s.dtype, s.shape] for s in manifest.specs]}
+    if isinstance(codec, Spectral):
+        about["groups"] = codec.groups
+    header = zlib.compress(json.dumps(about, separators=(",", ":")).encode(), 9)
     return b"".join([MAGIC, len(header).to_bytes(4, "little"), header, *codec.encode(tensors, manifest)])
 
 
@@ -144,27 +155,38 @@ def read(data: bytes) -> dict[str, Array]:
     if data[:8] != MAGIC:
         raise WireError(problem(TERNARY, f"a file that begins with {MAGIC.decode()}", data[:8]))
     start = 12 + int.from_bytes(data[8:12], "little")
-    manifest = _manifest(data[12:start])
+    manifest, codec = _header(data[12:start])
     if manifest.nbytes > _MAX_BYTES:
         raise WireError(problem(f"{TERNARY}: tensors", f"at most {_MAX_BYTES} bytes", manifest.nbytes))
     try:
-        return Ternary().decode(memoryview(data)[start:], manifest)
+        return codec.decode(memoryview(data)[start:], manifest)
     except MemoryError as error:
         raise WireError(problem(f"{TERNARY}: tensors", "what fits into memory", f"{manifest.nbytes} bytes")) from error
 
 
-def _manifest(header: bytes) -> Manifest:
+def _header(header: bytes) -> tuple[Manifest, Ternary | Spectral]:
     inflater = zlib.decompressobj()
     try:
         text = inflater.decompress(header, _MAX_HEADER)
         if not inflater.eof or inflater.unused_data:
             raise ValueError("it is cut off, too long or followed by more")
-        specs = tuple(_spec(*entry) for entry in json.loads(text)["tensors"])
-    except (zlib.error, ValueError, TypeError, KeyError, RecursionError) as error:
+        about = json.loads(text)
+        specs = tuple(_spec(*entry) for entry in about["tensors"])
+        codec = Spectral(groups=_groups(about["groups"])) if "groups" in about else Ternary()
+    except (zlib.error, ValueError, TypeError, KeyError, RecursionError, ConfigError) as error:
         raise WireError(problem(f"{TERNARY}: header", "a list of names, dtypes and shapes", error)) from error
     if len({spec.name for spec in specs}) != len(specs):
         raise WireError(problem(f"{TERNARY}: header", "each name once", "a name twice"))
-    return Manifest(specs)
+    return Manifest(specs), codec
+
+
+def _groups(groups: Any) -> tuple[tuple[int, int], ...]:
+    if not isinstance(groups, list) or len(groups) > _MAX_GROUPS:
+        raise ValueError("groups")
+    pairs = tuple((count, bits) for count, bits in groups)
+    if not all(type(n) is int and n < _MAX_VECTORS for pair in pairs for n in pair):
+        raise ValueError("groups")
+    return pairs
 
 
 def _spec(name: Any, dtype: Any, shape: Any) -> TensorSpec:

@@ -12,6 +12,7 @@ from fedtune.errors import ConfigError, problem
 if TYPE_CHECKING:
     from fedtune.cli.sweep import Score
     from fedtune.codecs.ternary import Ternary
+    from fedtune.compressed import Sizes
 
 _Source = Annotated[
     Path, typer.Argument(metavar="ADAPTER_DIR", help="PEFT LoRA or IA3 folder, or a model folder.", show_default=False)
@@ -23,6 +24,10 @@ _Base = Annotated[Path | None, typer.Option(help="For a full fine-tune: folder o
 def compress(
     source: _Source,
     target: _Target,
+    codec: Annotated[
+        str, typer.Option(help="`ternary`; for a full fine-tune also `delta-come` or `ere`: singular vectors.")
+    ] = "ternary",
+    rank: Annotated[int, typer.Option(min=1, help="Singular vectors of each matrix, with those two.")] = 32,
     density: Annotated[float, typer.Option(help="Share of the values that is kept, 0 to 1.")] = 0.1,
     alpha: Annotated[float, typer.Option(help="The scale is multiplied with this.")] = 1.0,
     scale: Annotated[str, typer.Option(help="`least-squares`, or `std` as in the ComPEFT paper.")] = "least-squares",
@@ -36,28 +41,35 @@ def compress(
     within: Annotated[float, typer.Option(help="Loss a sweep may give up for fewer bytes, in nats a token.")] = 0.01,
     set_: Sets = None,
 ) -> None:
-    """Compress an adapter to signs and one scale (ComPEFT).
+    """Compress an adapter to signs and one scale (ComPEFT), or a full fine-tune to that or to singular vectors.
 
     Examples:
 
     * `fedtune compress adapter small --density 0.1`
     * `fedtune compress adapter small --sweep config.toml`
     * `fedtune compress my-model small --base base-model`
+    * `fedtune compress my-model small --base base-model --codec delta-come --rank 32`
     """
     from fedtune import compressed
+    from fedtune.codecs.spectral import delta_come, ere
     from fedtune.codecs.ternary import Ternary
 
-    options = {"scale": (scale, ("least-squares", "std")), "per": (per, ("vector", "tensor"))}
+    kinds = ("ternary", "delta-come", "ere")
+    options = {"codec": (codec, kinds), "scale": (scale, ("least-squares", "std")), "per": (per, ("vector", "tensor"))}
     for name, (value, choices) in options.items():
         if value not in choices:
             raise ConfigError(problem(f"--{name}", " or ".join(choices), value))
-    codec = Ternary(density=density, alpha=alpha, scale=scale, top=per, sigma=per)  # type: ignore[arg-type]  # checked above
+    if codec != "ternary":
+        if sweep is not None:
+            raise ConfigError(problem("--sweep", "--codec ternary", codec))
+        spectral = (ere if codec == "ere" else delta_come)(rank)
+        _say(target, compressed.compress(source, target, spectral, base=base), f"{codec}, rank {rank}")
+        return
+    ternary = Ternary(density=density, alpha=alpha, scale=scale, top=per, sigma=per)  # type: ignore[arg-type]  # checked above
     if sweep is not None:
-        codec = _sweep(source, codec, balance, sweep, tuple(set_ or ()), within)
-    sizes = compressed.compress(source, target, codec, base=base, balanced=balance)
-    ratio = sizes.before / sizes.after
-    text = f"Wrote {target}: {size(sizes.after)} instead of {size(sizes.before)}, {ratio:.1f} times smaller"
-    out.print(f"{text} (density {codec.density:g}, alpha {codec.alpha:g})", markup=False, soft_wrap=True)
+        ternary = _sweep(source, ternary, balance, sweep, tuple(set_ or ()), within)
+    sizes = compressed.compress(source, target, ternary, base=base, balanced=balance)
+    _say(target, sizes, f"density {ternary.density:g}, alpha {ternary.alpha:g}")
 
 
 def decompress(source: _Source, target: _Target, base: _Base = None) -> None:
@@ -69,6 +81,12 @@ def decompress(source: _Source, target: _Target, base: _Base = None) -> None:
 
     compressed.decompress(source, target, base=base)
     out.print(f"Wrote {target} from {source}", markup=False, soft_wrap=True)
+
+
+def _say(target: Path, sizes: "Sizes", how: str) -> None:
+    ratio = sizes.before / sizes.after
+    text = f"Wrote {target}: {size(sizes.after)} instead of {size(sizes.before)}, {ratio:.1f} times smaller ({how})"
+    out.print(text, markup=False, soft_wrap=True)
 
 
 def _sweep(

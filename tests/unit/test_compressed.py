@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from fedtune.codecs.spectral import delta_come, ere
 from fedtune.codecs.ternary import Ternary
 from fedtune.compressed import MAGIC, TERNARY, compress, decompress, load_weights, read, write
 from fedtune.errors import ConfigError, ModelError, WireError
@@ -84,6 +85,36 @@ def test_a_full_fine_tune_is_compressed_against_its_base(tmp_path):
         decompress(tmp_path / "small", tmp_path / "other")
 
 
+def full_fine_tune(folder):
+    """A base, and a fine-tune that moved its matrix along three directions."""
+    rng = np.random.Generator(np.random.Philox(2))
+    weights = {"w": rng.normal(size=(40, 30)).astype(np.float32), "b": np.zeros(5, np.float32)}
+    change = (rng.normal(size=(40, 3)) @ rng.normal(size=(3, 30))).astype(np.float32)
+    for name, tensors in (("base", weights), ("tuned", {"w": weights["w"] + change, "b": weights["b"] + 1})):
+        (folder / name).mkdir()
+        save_file(tensors, folder / name / "model.safetensors")
+        (folder / name / "config.json").write_text("{}")
+    return weights["w"] + change
+
+
+@pytest.mark.parametrize(("codec", "apart"), [(ere(3), 0.006), (delta_come(3), 0.1), (ere(30), 0.006)])
+def test_a_full_fine_tune_as_singular_vectors(tmp_path, codec, apart):
+    tuned = full_fine_tune(tmp_path)
+    sizes = compress(tmp_path / "tuned", tmp_path / "small", codec, base=tmp_path / "base")
+    assert sizes.after == (tmp_path / "small" / TERNARY).stat().st_size
+    decompress(tmp_path / "small", tmp_path / "back", base=tmp_path / "base")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    assert np.linalg.norm(back["w"] - tuned) < apart * np.linalg.norm(tuned - base["w"])
+    np.testing.assert_allclose(back["b"], 1)
+
+
+def test_singular_vectors_are_not_for_adapters(tmp_path):
+    lora(tmp_path / "a")
+    with pytest.raises(ConfigError, match="ternary for an adapter"):
+        compress(tmp_path / "a", tmp_path / "small", ere(2))
+
+
 def test_compressed_adapters_are_read_like_plain_ones(tmp_path):
     lora(tmp_path / "a")
     compress(tmp_path / "a", tmp_path / "small", KEEP_ALL)
@@ -108,8 +139,8 @@ def test_mistakes_are_told_in_words(tmp_path):
         compress(tmp_path / "a", tmp_path / "out", KEEP_ALL)
 
 
-def header(*entries):
-    text = zlib.compress(json.dumps({"tensors": entries}).encode())
+def header(*entries, **more):
+    text = zlib.compress(json.dumps({"tensors": entries, **more}).encode())
     return MAGIC + len(text).to_bytes(4, "little") + text
 
 
@@ -128,6 +159,11 @@ def header(*entries):
         header([1, "float32", [1]]) + b"\x01\x00\x00",
         header(["x", "float32"]) + b"\x01\x00\x00",
         header(["x", "float32", [1]], ["x", "float32", [1]]) + b"\x01\x00\x00",
+        header(["x", "float32", [1, 1]], groups=[[1, 3]]) + bytes(8),
+        header(["x", "float32", [1, 1]], groups=[[1 << 40, 16]]) + bytes(8),
+        header(["x", "float32", [1, 1]], groups=[[True, 16]]) + bytes(8),
+        header(["x", "float32", [1, 1]], groups=7) + bytes(8),
+        header(["x", "float32", [1, 1]], groups=[[1, 16]]) + bytes(3),
         header(["x", "float32", [1 << 39]]) + b"\x01\x00\x00" + bytes(8),
         MAGIC + (6).to_bytes(4, "little") + zlib.compress(b"[")[:6],
     ],
@@ -139,9 +175,10 @@ def test_damaged_files_are_refused(data):
 
 def test_bent_files_never_crash():
     rng = np.random.Generator(np.random.Philox(1))
-    good = write({"a": rng.normal(size=(9, 9)).astype(np.float32), "b": np.arange(4)}, Ternary(density=0.3))
-    for _ in range(2000):
-        data = bytearray(good)
+    tensors = {"a": rng.normal(size=(9, 9)).astype(np.float32), "b": np.arange(4)}
+    files = [write(tensors, codec) for codec in (Ternary(density=0.3), delta_come(5))]
+    for number in range(3000):
+        data = bytearray(files[number % 2])
         for at in rng.integers(0, len(data), 2):
             data[at] = rng.integers(0, 256)
         try:
