@@ -38,7 +38,6 @@ from fedtune.outer import FIRST, Outer, ServerOptimizer
 from fedtune.tensors import PRIVATE, Array, Manifest, Tensors
 
 _ERROR = PRIVATE + "error"
-_ROW = 3**-0.5  # length that a fresh row of A has: I entries drawn from U(-1/sqrt(I), 1/sqrt(I))
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
@@ -201,16 +200,16 @@ class FLoRA(Method):
     def _leading(self, job: ClientJob, factors: Tensors) -> dict[str, Array]:
         """A client's first r_k components as an adapter of its own scale; where there are fewer, rows of a fresh one.
 
-        A's rows get the length of fresh ones and B the rest: AdamW's steps are of one length, so small rows on both
-        sides would change the product more slowly than a fresh start does.
+        A and B are equally long, as they are in the state. AdamW's steps have one length whatever they change, so rows
+        as short as that turn within a round; A as long as a fresh one would keep its directions, and learn slowly.
         """
         start = {name: array.copy() for name, array in job.fresh(self._spec(job.member, factors)).items()}
-        for layer in layers_of(factors):
-            a = factors[key_a(layer)][: job.member.rank].astype(np.float64)
-            b = factors[key_b(layer)][:, : job.member.rank].astype(np.float64)
-            lengths = np.linalg.norm(a, axis=1)
-            start[key_a(layer)][: len(a)] = a * (_ROW / lengths)[:, None]
-            start[key_b(layer)][:, : len(a)] = b * (lengths / (_ROW * self._scale(job.member)))
+        share = self._scale(job.member) ** -0.5
+        for name, array in averaging.sliced(factors, job.member.rank, share, share).items():
+            if name.endswith("/A"):
+                start[name][: len(array)] = array
+            else:
+                start[name][:, : array.shape[1]] = array
         return start
 
     def _spec(self, member: Member, names: Tensors | list[str]) -> LoraSpec:

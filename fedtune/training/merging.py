@@ -90,4 +90,5 @@ class _Beside:
 
     def _added(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         x = inputs[0].float()
-        return output + sum((x @ a.T @ b.T for a, b in self._pairs)).to(output.dtype)
+        change = torch.stack([x @ a.T @ b.T for a, b in self._pairs]).sum(0)
+        return output + change.to(output.dtype)

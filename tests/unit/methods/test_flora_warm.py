@@ -124,15 +124,21 @@ def test_members_of_any_rank_prove_the_same_digest_and_train_the_same_model(fami
         assert np.array_equal(workers["b"].weights[name], workers["d"].weights[name])
 
 
-def test_a_slice_begins_with_rows_as_long_as_fresh_ones(base, base_folder, family):
-    method = FLoRA(rank=4, start="warm")
-    states, workers, replicas = family.play(method, base, base_folder, [Member("a"), Member("b")], 2)
-    member = method.admit(Member("a"))
-    task = Round(method, states[-1], 3).task(member, replicas["a"].version)
-    replicas["a"].install(method, task, workers["a"].job(method, member, 3))
-    for name, array in workers["a"].attached[1].items():
-        if name.endswith("/A"):
-            assert np.allclose(np.linalg.norm(array, axis=1), 3**-0.5, rtol=1e-5)
+def test_a_slice_begins_balanced_and_is_filled_up_with_fresh_rows(base, base_folder, family):
+    """After one round of ranks 1 and 2 the state has 3 components; a client of rank 5 gets two fresh rows."""
+    method = FLoRA(start="warm")
+    states, *_ = family.play(method, base, base_folder, [Member("a", 1), Member("b", 2)], 1)
+    member, worker = method.admit(Member("c", 5, 20.0)), ToyWorker(base_folder)
+    job = worker.job(method, member, 2)
+    method.install(job, Round(method, states[-1], 2).task(member).payload)
+    (spec, attached), held = worker.attached, _held(family, states[-1])
+    fresh = job.fresh(spec)
+    for layer in layers_of(held):
+        a, b = attached[key_a(layer)], attached[key_b(layer)]
+        assert np.allclose(a[:3], held[key_a(layer)] / 2.0, atol=1e-7)  # alpha / r = 4, half of it on either side
+        assert np.allclose(b[:, :3], held[key_b(layer)] / 2.0, atol=1e-7)
+        assert np.array_equal(a[3:], fresh[key_a(layer)][3:])
+        assert not b[:, 3:].any()
 
 
 def test_downloads_stay_within_a_budget(family, base, base_folder):
