@@ -13,6 +13,7 @@ Everything runs in the environment of `--flower-python ENV/bin/python`, made wit
 pass. CPU is of all processes together. Memory is the peak sum of PSS over all processes.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,7 +79,8 @@ def main() -> None:
         for cell in cells:
             for name, way in ways.items():
                 measured = way(*cell)
-                sys.stderr.write(f"pass {number + 1}: {cell[0]} x {cell[1]:g} MB, {name}: {measured}\n")
+                what = f"pass {number + 1}: {cell[0]} x {cell[1]:g} MB, {name}, load {os.getloadavg()[0]:.1f}"
+                sys.stderr.write(f"{what}: {measured}\n")
                 known = best.get((*cell, name))
                 best[(*cell, name)] = measured if known is None or measured.cpu_s < known.cpu_s else known
     report("A round on a Flower deployment, without training", [*_rows(best, cells)], arguments.json)

@@ -113,8 +113,8 @@ class Flower:
         with (self.folder / log).open("wb") as stream:
             return subprocess.Popen(command, env=self.env, cwd=self.folder, stdout=stream, stderr=stream)
 
-    def call(self, *command: str, timeout: float = 280) -> str:
-        """Runs a program to its end; returns what it said."""
+    def call(self, *command: str, timeout: float = 280, code: int = 0) -> str:
+        """Runs a program to its end, which must have the exit code; returns what it said."""
         # A file, not a pipe: what a program leaves running would hold a pipe open.
         with (self.folder / f"call-{uuid.uuid4().hex}.log").open("w+") as stream:
             done = subprocess.run(
@@ -122,16 +122,19 @@ class Flower:
             )
             stream.seek(0)
             said = stream.read()
-        assert done.returncode == 0, said
+        assert done.returncode == code, said
         return said
 
-    def run(self, app: Path, connection: str, config: dict[str, object], nodes: int = 0, timeout: float = 280) -> str:
-        """`flwr run`, to its end; returns its log."""
+    def run(self, app: Path, connection: str, config: dict[str, object], nodes: int = 0, code: int = 0) -> str:
+        """`fedtune flower run`, to its end, which must have the exit code; returns its log."""
         values = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
         extra = ["--federation-config", f"num-supernodes={nodes} client-resources-num-cpus=1"] if nodes else []
-        return self.call(
-            "flwr", "run", str(app), connection, "--stream", "--run-config", values, *extra, timeout=timeout
-        )
+        return self.call("fedtune", "flower", "run", str(app), connection, "--run-config", values, *extra, code=code)
+
+    def run_by_flwr(self, app: Path, connection: str, config: dict[str, object]) -> str:
+        """`flwr run`, to its end; returns its log."""
+        values = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+        return self.call("flwr", "run", str(app), connection, "--stream", "--run-config", values)
 
     def start_local(self) -> None:
         """Starts the SuperLink of simulations, which `flwr run` would start itself, but with 15 seconds to do it in."""
@@ -237,10 +240,13 @@ class Deployment:
     nodes: list["subprocess.Popen[bytes]"]
     superlink: "subprocess.Popen[bytes]"
 
+    others: set[int]
+
     def run(self, **config: object) -> str:
         return self.world.run(self.app, self.connection, config)
 
     def stop(self) -> None:
+        """Ends the programs as their user would; nothing that was started meanwhile may be left."""
         for program in (*self.nodes, self.superlink):
             program.terminate()
         for program in (*self.nodes, self.superlink):
@@ -249,11 +255,15 @@ class Deployment:
             except subprocess.TimeoutExpired:
                 program.kill()
                 program.wait()
+        until = time.monotonic() + 20
+        while left := {pid: line for pid, line in self.world.processes().items() if pid not in self.others}:
+            assert time.monotonic() < until, left
+            time.sleep(0.1)
 
 
 def deploy(world: Flower, app: Path, name: str, pki: Path | None = None) -> Deployment:
     """Starts a SuperLink and two SuperNodes, with TLS and authenticated nodes when there are certificates."""
-    port = free_port()
+    port, others = free_port(), set(world.processes())
     if pki:
         safe = ["--ssl-ca-certfile", f"{pki}/ca.pem", "--ssl-certfile", f"{pki}/server.pem"]
         safe += ["--ssl-keyfile", f"{pki}/server.key", "--enable-supernode-auth"]
@@ -273,7 +283,7 @@ def deploy(world: Flower, app: Path, name: str, pki: Path | None = None) -> Depl
         config = f"partition-id={i} num-partitions=2"
         node = world.start("flower-supernode", *own, *where, "--node-config", config, log=f"{name}-node{i}.log")
         nodes.append(node)
-    return Deployment(world, app, name, nodes, superlink)
+    return Deployment(world, app, name, nodes, superlink, others)
 
 
 def listening(port: int) -> None:
@@ -349,13 +359,15 @@ def over_grpc(tmp_path):
 
     from fedtune.config.members import member_config
     from fedtune.flower.settings import read_config
+    from fedtune.methods import METHODS
     from fedtune.testing import open_toy
 
     def play(settings: dict[str, object], nodes: int) -> list[str]:
         folder = tmp_path / "grpc"
         flat = {**settings, "simulation.clients": nodes, "run.folder": str(folder), "rounds.min_clients": nodes}
-        if flat["method.name"] == "fedkseed":
-            flat.pop("method.rank")  # an app lists the keys of every method; a TOML file has its own method's only
+        # An app lists the keys of every method; a TOML file has its own method's only.
+        own = {f"method.{name}" for name in ("name", *METHODS[str(flat["method.name"])].__dataclass_fields__)}
+        flat = {k: v for k, v in flat.items() if not k.startswith("method.") or ".".join(k.split(".")[:2]) in own}
         server = start_server(tmp_path / "grpc.toml", flat)
         try:
             until = time.monotonic() + 30

@@ -132,7 +132,7 @@ def made(tmp_path):
             "run": {"folder": str(tmp_path / "run"), "seed": 7},
             "model": {"name": str(model)},
             "method": options(method),
-            "rounds": {"count": 3, "grace_s": 0.0, "deadline_s": 0.5, "attempts": 2, **rounds},
+            "rounds": {"count": 3, "grace_s": 0.0, "deadline_s": 60.0, "attempts": 2, **rounds},
             "simulation": {"clients": nodes},
         }
         config = parse(sections)
@@ -242,7 +242,7 @@ def test_a_bad_reply_is_refused_and_the_round_goes_on_at_quorum(made, damage):
 
 @pytest.mark.parametrize("damage", ["raise", "silent"])
 def test_below_quorum_the_run_fails_loudly(made, damage):
-    config, grid, strategy, _ = made()
+    config, grid, strategy, _ = made(deadline_s=1.0)
     grid.damage["client-01"] = damage
     with pytest.raises(RoundError, match=r"round 1: expected 3 updates, got 2 after 2 attempts"):
         strategy.start(grid)
@@ -258,7 +258,7 @@ def test_a_silent_node_is_not_waited_for_beyond_the_grace(made):
 
 
 def test_too_few_nodes(made):
-    _, grid, strategy, _ = made(min_clients=4)
+    _, grid, strategy, _ = made(min_clients=4, deadline_s=0.5)
     with pytest.raises(RoundError, match=r"nodes: expected 4 within 0.5 s, got 3"):
         strategy.start(grid)
 
