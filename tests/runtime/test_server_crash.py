@@ -10,9 +10,10 @@ import pytest
 IDS = {"a": (1, 3), "b": (2, 7), "c": (4, 11)}
 
 
-def finish(tools, spawn, toy_folder, folder, rounds, kills):
+def finish(tools, spawn, toy_folder, folder, rounds, kills, **method):
     """Runs three clients against a coordinator that is killed `kills` times; returns the final report."""
     settings = {"run": {"folder": str(folder)}, "rounds": {"count": rounds, "min_clients": 3, "grace_s": 30.0}}
+    settings |= {"method": method} if method else {}
     draw = random.Random(kills)
     process = [spawn(**settings)]
 
@@ -35,9 +36,9 @@ def finish(tools, spawn, toy_folder, folder, rounds, kills):
     return json.loads((folder / "final" / "round.json").read_text())
 
 
-def check(tools, spawn, toy_folder, tmp_path, rounds, kills):
-    calm = finish(tools, spawn, toy_folder, tmp_path / "calm", rounds, 0)
-    struck = finish(tools, spawn, toy_folder, tmp_path / "struck", rounds, kills)
+def check(tools, spawn, toy_folder, tmp_path, rounds, kills, **method):
+    calm = finish(tools, spawn, toy_folder, tmp_path / "calm", rounds, 0, **method)
+    struck = finish(tools, spawn, toy_folder, tmp_path / "struck", rounds, kills, **method)
     assert struck["digest"] == calm["digest"]
     assert struck["clients"] == ["a", "b", "c"]
     with sqlite3.connect(tmp_path / "struck" / "run.db") as db:
@@ -51,6 +52,12 @@ def check(tools, spawn, toy_folder, tmp_path, rounds, kills):
 
 def test_ten_kills_end_in_the_same_bits(tools, spawn, toy_folder, tmp_path):
     check(tools, spawn, toy_folder, tmp_path, rounds=20, kills=10)
+
+
+def test_kills_leave_the_bits_of_recompression(tools, spawn, toy_folder, tmp_path):
+    """QR and SVD once more, in another process, and momentum that only the coordinator has."""
+    options = {"name": "flora", "rank": 4, "rank_budget": 6, "energy": 0.9, "server_optimizer.name": "momentum"}
+    check(tools, spawn, toy_folder, tmp_path, rounds=8, kills=4, **options)
 
 
 def test_update_acknowledged_before_a_kill_is_not_asked_for_again(tools, spawn, connect, toy_folder, tmp_path):
