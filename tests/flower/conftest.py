@@ -320,6 +320,7 @@ def settings(flower, app, tmp_path):
         "run.seed": 7,
         "method.rank": 2,
         "rounds.count": 2,
+        "rounds.attempts": 10,  # on a busy machine Flower gives up ClientApps that start slowly, and says they failed
     }
 
 
