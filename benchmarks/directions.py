@@ -8,6 +8,7 @@ in a benchmark; it is timed on a few and its cost is per weight and seed. The li
 Times are process CPU time in nanoseconds a weight, the least of several turns; variants take turns.
 """
 
+import copy
 import os
 from collections.abc import Callable
 from functools import partial
@@ -17,14 +18,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from _table import Row, interleave, options, report
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.directions import TILE, Pool, cpu, portable
-from fedtune.training.zo import SeedModel
+from fedtune.training.seeded import SeedModel
+from fedtune.training.zo import walking
 from fedtune.zo import Walk
 
 K, FEW = 4096, 4
-Loss = Callable[[int], float]
+Loss = Callable[..., list[float]]
 
 
 def authors(weights: list[torch.Tensor], seeds: range, scale: float) -> None:
@@ -75,8 +78,8 @@ def perturbation(count: int, repeats: int) -> list[Row]:
     variants = {"authors": lambda: [authors([w], range(1), s) for s in (1e-3, -2e-3, 1e-3, -1e-7)]}
 
     def ours(pool: Pool) -> None:
-        cpu.advance(pool, 1, -1e-7, 2, 1e-3, a, 0, b)
-        cpu.perturb(pool, 2, -1e-3, a, 0, b)
+        cpu.spread(pool, 2, (1e-3,), a, 0, b[None], (1, -1e-7))
+        cpu.spread(pool, 2, (-1e-3,), a, 0, b[None])
 
     for kind in ("hadamard", "rademacher", "gaussian"):
         variants[kind] = partial(ours, Pool(kind, 1, K))
@@ -103,53 +106,48 @@ def model_of(quick: bool) -> LlamaForCausalLM:
 
 
 def steps(quick: bool, repeats: int) -> list[Row]:
-    """Whole steps: two forward passes and what is around them."""
+    """Whole steps: two forward passes and what is around them. Layers make their weights as in a run."""
     model, rows = model_of(quick), []
     size = sum(weight.numel() for weight in model.parameters()) / 1e6
+    mine, pool = copy.deepcopy(model), Pool("hadamard", 1, K)
     weights = list(model.parameters())
-    held = SeedModel(model)
     for tokens in (64,) if quick else (64, 256):
         ids = torch.randint(0, 49152, (1, tokens))
 
-        def loss(_: int, ids: torch.Tensor = ids) -> float:
+        def loss(model: LlamaForCausalLM = model, ids: torch.Tensor = ids, copies: int = 1) -> list[float]:
             with torch.inference_mode():
-                return float(model(input_ids=ids, labels=ids).loss)
+                logits = model(input_ids=ids.repeat(copies, 1)).logits
+                return [float(functional.cross_entropy(one[:-1], ids[0, 1:])) for one in logits]
 
         def theirs(loss: Loss = loss) -> None:
             authors(weights, range(1), 1e-3)
-            loss(0)
+            loss()
             authors(weights, range(1), -2e-3)
-            loss(0)
+            loss()
             authors(weights, range(1), 1e-3)
             authors(weights, range(1), -1e-9)
 
-        pool = Pool("hadamard", 1, K)
-        with held.walk(pool) as walk:
-            turn = [0]
+        def compute(step: int, copies: int, loss: Loss = loss) -> list[float]:
+            return loss(mine, copies=copies)
 
-            def ours(walk: Walk = walk, loss: Loss = loss, turn: list[int] = turn) -> None:
-                walk.move(turn[0], -1e-9)
-                turn[0] += 1
-                looks(walk, turn[0], 1e-3, loss)
+        with torch.inference_mode(), SeedModel(mine).walk(pool) as lines:
+            with walking(mine, lines, "together", compute) as walk:
+                turn = [0]
 
-            variants = {"ours": ours, "authors": theirs, "forwards": lambda loss=loss: (loss(0), loss(0))}
-            for warm in variants.values():
-                warm()
-            best = interleave(variants, repeats)
+                def ours(walk: Walk = walk, turn: list[int] = turn) -> None:
+                    walk.move(turn[0], -1e-9)
+                    turn[0] += 1
+                    walk.losses(turn[0], (1e-3, -1e-3), 0)
+
+                variants = {"ours": ours, "authors": theirs, "forwards": lambda loss=loss: (loss(), loss())}
+                for warm in variants.values():
+                    warm()
+                best = interleave(variants, repeats)
         share = 100 * (1 - best["forwards"] / best["ours"])
-        rows.append(
-            Row(f"step, {size:.0f} M weights, T = {tokens}", best["ours"] * 1e3, "ms", best["authors"] * 1e3,
-                best["forwards"] * 1e3, f"hadamard; perturbation {share:.0f} % of ours, limit: two forward passes")
-        )  # fmt: skip
+        note = f"hadamard; perturbation {share:.0f} % of ours, limit: two forward passes"
+        row = best["ours"] * 1e3, "ms", best["authors"] * 1e3, best["forwards"] * 1e3
+        rows.append(Row(f"step, {size:.0f} M weights, T = {tokens}", *row, note))
     return rows
-
-
-def looks(walk: Walk, k: int, eps: float, loss: Loss) -> None:
-    """The two looks of one step; its move is made with the first look of the next, as in a run."""
-    walk.look(k, eps)
-    loss(0)
-    walk.look(k, -eps)
-    loss(0)
 
 
 def main() -> None:

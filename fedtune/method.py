@@ -74,17 +74,19 @@ class Part:
         about = {"train": self.kind, "density": repr(self.density), "part_seed": str(self.seed)}
         if self.lora is None:
             return about
-        return {**about, "layers": "\n".join(self.lora.layers), "rank": str(self.lora.rank), "alpha": repr(self.lora.alpha)}
+        layers = "\n".join(self.lora.layers)
+        return {**about, "layers": layers, "rank": str(self.lora.rank), "alpha": repr(self.lora.alpha)}
 
     @classmethod
     def from_text(cls, about: Mapping[str, str]) -> "Part":
         """Reads what `to_text` wrote; raises KeyError or ValueError for anything else."""
         kind = about["train"]
-        if kind not in ("all", "sparse", "lora"):
+        if kind == "lora":
+            spec = LoraSpec(tuple(about["layers"].split("\n")), int(about["rank"]), float(about["alpha"]))
+            return cls("lora", lora=spec, seed=int(about["part_seed"]))
+        if kind not in ("all", "sparse"):
             raise ValueError(kind)
-        layers = tuple(about["layers"].split("\n")) if kind == "lora" else ()
-        spec = LoraSpec(layers, int(about["rank"]), float(about["alpha"])) if layers else None
-        return cls(kind, float(about["density"]), spec, int(about["part_seed"]))
+        return cls("all" if kind == "all" else "sparse", float(about["density"]))
 
 
 class ClientJob(Protocol):

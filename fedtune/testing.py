@@ -16,11 +16,12 @@ from fedtune.config import Config, Shared
 from fedtune.directions import Coefficients, Pool, layout, reference
 from fedtune.errors import ProtocolError, problem
 from fedtune.lora import LoraSpec, kaiming_uniform, key_a, key_b, layers_of, overlaid
-from fedtune.method import Member, Method, ZeroOrder
+from fedtune.method import Member, Method, Part, ZeroOrder
 from fedtune.rounds import job_seed
+from fedtune.sparse import Smallest
 from fedtune.tensors import Array, Tensors, digest
 from fedtune.worker import OnStep
-from fedtune.zo import Walk, train
+from fedtune.zo import Line, PlainWalk, put_back, train
 
 
 def toy_base(folder: Path, *, layers: int = 2, width: int = 16, seed: int = 0) -> Path:
@@ -94,23 +95,33 @@ class ToyJob:
         drawn = {n: rng.normal(0, 0.1, a.shape).astype(np.float32) for n, a in factors.items()}
         return {n: a if n.rsplit("/", 1)[1] in frozen else a + drawn[n] for n, a in factors.items()}
 
-    def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
-        """Rebuilds the weights from the file."""
+    def replay(self, part: Part, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
+        """Rebuilds the weights from the file, or the factors from their seed."""
         self._worker.reset()
-        weights = self._worker.weights
-        for name, first in layout({name: array.size for name, array in weights.items()}).items():
-            flat = weights[name].reshape(-1)
+        tuned = self._worker.tuned = self._worker.base_of(part)
+        for name, first in layout({name: array.size for name, array in tuned.items()}).items():
+            flat = tuned[name].reshape(-1)
+            before = flat.copy()
             reference.replay(pool, coefficients, exponent, flat, first, flat)
-        return bytes.fromhex(digest(weights))
+            if part.kind == "sparse":
+                put_back(flat, before, Smallest.of(before, before, part.density).left_out(0, len(flat)))
+        if part.lora is None:
+            self._worker.weights = tuned
+        return bytes.fromhex(digest(tuned))
 
-    def zo_steps(self, pool: Pool, seeds: Coefficients, plan: ZeroOrder) -> Array:
+    def zo_steps(self, part: Part, pool: Pool, seeds: Coefficients, plan: ZeroOrder) -> Array:
         """Steps down |w - c|^2 / 2, where c is one number, the client's own."""
-        moved = {name: array.copy().reshape(-1) for name, array in self._worker.weights.items()}
-        looked = {name: np.empty_like(array) for name, array in moved.items()}
-        first = layout({name: array.size for name, array in moved.items()})
+        base = self._worker.base_of(part)
+        first = layout({name: array.size for name, array in base.items()})
         goal = np.random.Generator(np.random.Philox(key=self.seed)).normal()
-        walk = Walk(pool, reference, [(moved[name], first[name], looked[name]) for name in moved])
-        done = train(walk, seeds, plan, lambda _: sum(float(((w - goal) ** 2).sum()) for w in looked.values()) / 2)
+        parts, looked = [], []
+        for name, array in self._worker.tuned.items():
+            start = base[name].reshape(-1)
+            left_out = Smallest.of(start, start, part.density).left_out if part.kind == "sparse" else None
+            looked.append(np.empty((1, array.size), np.float32))
+            parts.append((Line(pool, reference, array.reshape(-1).copy(), first[name], left_out), looked[-1]))
+        walk = PlainWalk(parts, lambda _: sum(float(((w - goal) ** 2).sum()) for w in looked) / 2)
+        done = train(walk, seeds, plan)
         self._worker.report(self.member)
         return done.scalars
 
@@ -126,6 +137,7 @@ class ToyWorker:
         self.examples = examples
         self.weights: dict[str, Array] = {}
         self.attached: tuple[LoraSpec, Tensors] | None = None
+        self.tuned: dict[str, Array] = {}
         self.metrics: dict[str, float] = {}
         self.memory: dict[str, Array] = {}
         self._folder, self._seed, self._delay = folder, seed, delay
@@ -135,6 +147,20 @@ class ToyWorker:
         """Goes back to the base weights, with nothing attached."""
         self.attached = None
         self.weights = dict(load_file(self._folder / "model.safetensors"))
+        self.tuned = self.weights
+
+    def base_of(self, part: Part) -> dict[str, Array]:
+        """What a seed method starts from: the weights of the file, or an adapter drawn from its seed."""
+        weights = dict(load_file(self._folder / "model.safetensors"))
+        if part.lora is None:
+            return weights
+        rng = np.random.Generator(np.random.Philox(key=part.seed))
+        factors: dict[str, Array] = {}
+        for layer in part.lora.layers:
+            outputs, inputs = weights[f"{layer}.weight"].shape
+            factors[key_a(layer)] = kaiming_uniform(rng, part.lora.rank, inputs)
+            factors[key_b(layer)] = np.zeros((outputs, part.lora.rank), np.float32)
+        return factors
 
     def job(self, method: Method, member: Member, round_number: int) -> ToyJob:
         """Starts one round's turn."""

@@ -12,10 +12,25 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.directions import Coefficients, Pool
+from fedtune.directions import Coefficients, Move, Pool
 from fedtune.method import ZeroOrder
 
 OnStep = Callable[[int, int, float], None]
+_SETTLED = 2**22
+_MIXES = "it moves along a mix of all past directions, which no sum of one scalar a seed can hold. Use sgd"
+_SCALES = "it scales every weight by its own history, which scalars by seed cannot carry. Use sgd or sign"
+REFUSED = {
+    "momentum": _MIXES,
+    "nesterov": _MIXES,
+    "adam": _SCALES,
+    "adamw": _SCALES + "; weight decay is no multiple of a direction either",
+    "rmsprop": _SCALES,
+    "adagrad": _SCALES,
+    "forward-grad": "it needs derivatives along a direction (jvp), so the memory of a second model, and kernels that "
+    "have them; for small eps sgd gives the same scalar",
+    "sgd-decay": "a learning rate that changes does not commute with summing scalars over rounds. Use sgd",
+}
+"""Optimisers whose steps are not one scalar a seed, and why."""
 
 
 class Backend(Protocol):
@@ -24,48 +39,110 @@ class Backend(Protocol):
     def perturb(self, pool: Pool, k: int, scale: float, base: Any, first: int, out: Any) -> None:
         """Sets `out` to base + scale * z_k."""
 
-    def advance(
-        self, pool: Pool, k: int, change: float, ahead: int, scale: float, weights: Any, first: int, out: Any
+    def spread(
+        self, pool: Pool, k: int, scales: Sequence[float], weights: Any, first: int, outs: Any, move: Move | None = None
     ) -> None:
-        """Adds change * z_k to `weights`, then sets `out` to weights + scale * z_ahead."""
+        """Adds change * z_moved to `weights`, then sets each `outs[j]` to weights + scales[j] * z_k."""
+
+
+class Walk(Protocol):
+    """Weights that move along directions, and whose losses can be asked for."""
+
+    def losses(self, k: int, scales: Sequence[float], step: int) -> list[float]:
+        """Returns the losses at weights + scale * z_k, on the batch of a step (0, 1, ...)."""
+
+    def move(self, k: int, change: float) -> None:
+        """Adds change * z_k to the weights, at the next look or `settle`."""
+
+    def settle(self) -> None:
+        """Makes the moves that are due."""
 
 
 @dataclass
-class Walk:
-    """Weights that move along directions of a pool.
+class Line:
+    """One tensor on its way: its weights end to end, where they begin in the pool, and the moves that are due.
 
     Attributes:
         pool: the directions.
         backend: computes them.
-        parts: of each tensor the weights, where they begin in the pool, and the weights a loss is computed with; flat.
+        weights: flat, float32 or float64.
+        first: where they begin in the pool.
+        left_out: of so many weights from a place on, says which ones never move; None: all do.
+        place: where `weights` begin in the tensor.
+        due: moves that are not made yet.
     """
 
     pool: Pool
     backend: Backend
-    parts: Sequence[tuple[Any, int, Any]]
-    _pending: list[tuple[int, float]] = field(default_factory=list)
+    weights: Any
+    first: int
+    left_out: Callable[[int, int], Any] | None = None
+    place: int = 0
+    due: list[Move] = field(default_factory=list)
 
-    def look(self, k: int, scale: float) -> None:
-        """Sets the weights of the next loss to weights + scale * z_k."""
-        for weights, first, out in self.parts:
-            for moved, change in self._pending[:-1]:
-                self.backend.perturb(self.pool, moved, change, weights, first, weights)
-            if self._pending:
-                self.backend.advance(self.pool, *self._pending[-1], k, scale, weights, first, out)
-            else:
-                self.backend.perturb(self.pool, k, scale, weights, first, out)
-        self._pending.clear()
+    def spread(self, k: int, scales: Sequence[float], outs: Any, span: slice = slice(None)) -> None:
+        """Makes the moves that are due in a span of whole tiles, then sets `outs[j]` to weights + scales[j] * z_k.
+
+        Whoever has spread every span calls `arrived`.
+        """
+        weights, start = self.weights[span], span.start or 0
+        before = copied(weights) if self.left_out else weights
+        for move in self.due[:-1]:
+            self.backend.perturb(self.pool, *move, weights, self.first + start, weights)
+        last = self.due[-1] if self.due else None
+        self.backend.spread(self.pool, k, scales, weights, self.first + start, outs, last)
+        if self.left_out:
+            left = self.left_out(self.place + start, len(weights))
+            for changed in (weights, *outs):
+                put_back(changed, before, left)
+
+    def arrived(self) -> None:
+        """Forgets the moves that were due: they are made."""
+        self.due.clear()
+
+    def settle(self) -> None:
+        """Makes the moves that are due, some tiles at a time."""
+        for start in range(0, len(self.weights) if self.due else 0, _SETTLED):
+            weights = self.weights[start : start + _SETTLED]
+            before = copied(weights) if self.left_out else weights
+            for move in self.due:
+                self.backend.perturb(self.pool, *move, weights, self.first + start, weights)
+            if self.left_out:
+                put_back(weights, before, self.left_out(self.place + start, len(weights)))
+        self.arrived()
+
+
+@dataclass
+class PlainWalk:
+    """A walk with room for one whole set of weights to compute losses with.
+
+    Attributes:
+        parts: each tensor, and where its weights of the next loss go (1, N).
+        loss: of the weights last looked at, on the batch of a step.
+    """
+
+    parts: Sequence[tuple[Line, Any]]
+    loss: Callable[[int], float]
+
+    def losses(self, k: int, scales: Sequence[float], step: int) -> list[float]:
+        """Computes one loss after another."""
+        return [self._at(k, scale, step) for scale in scales]
 
     def move(self, k: int, change: float) -> None:
         """Adds change * z_k to the weights, at the next look or `settle`."""
-        self._pending.append((k, change))
+        for line, _ in self.parts:
+            line.due.append((k, change))
 
     def settle(self) -> None:
         """Makes the moves that are due."""
-        for weights, first, _ in self.parts:
-            for k, change in self._pending:
-                self.backend.perturb(self.pool, k, change, weights, first, weights)
-        self._pending.clear()
+        for line, _ in self.parts:
+            line.settle()
+
+    def _at(self, k: int, scale: float, step: int) -> float:
+        for line, out in self.parts:
+            line.spread(k, (scale,), out)
+            line.arrived()
+        return self.loss(step)
 
 
 @dataclass
@@ -81,32 +158,27 @@ class Steps:
         return int(np.isnan(self.scalars).sum())
 
 
-def train(
-    walk: Walk,
-    seeds: Coefficients,
-    plan: ZeroOrder,
-    loss: Callable[[int], float],
-    on_step: OnStep | None = None,
-) -> Steps:
+def train(walk: Walk, seeds: Coefficients, plan: ZeroOrder, on_step: OnStep | None = None) -> Steps:
     """Takes `plan.steps` steps along `seeds`.
 
     Args:
         walk: the weights; they are moved.
         seeds: numbers of the directions, `plan.directions` of each step after another.
         plan: hyper-parameters.
-        loss: of the weights last looked at, on the batch of a step (0, 1, ...).
         on_step: told of every step.
     """
     scalars = np.full(len(seeds), np.nan, np.float32)
     losses: list[float] = []
     for step in range(plan.steps):
         around: list[float] = []
-        for n in range(step * plan.directions, (step + 1) * plan.directions):
-            plus, minus = (_at(walk, int(seeds[n]), scale, loss, step) for scale in (plan.eps, -plan.eps))
+        turn = range(step * plan.directions, (step + 1) * plan.directions)
+        for n in turn:
+            plus, minus = walk.losses(int(seeds[n]), (plan.eps, -plan.eps), step)
             around += [plus, minus]
             if _sound(plus, minus, plan.loss_clip):
-                scalars[n] = _scalar(walk, int(seeds[n]), np.float32((plus - minus) / (2 * plan.eps)), plan, loss, step)
-        for n in range(step * plan.directions, (step + 1) * plan.directions):
+                g = np.float32((plus - minus) / (2 * plan.eps))
+                scalars[n] = _scalar(walk, int(seeds[n]), g, plan, step)
+        for n in turn:
             if not math.isnan(scalars[n]):
                 walk.move(int(seeds[n]), -plan.learning_rate * float(scalars[n]) / plan.directions)
         losses.append(sum(around) / len(around))
@@ -116,21 +188,29 @@ def train(
     return Steps(scalars, losses)
 
 
-def _at(walk: Walk, k: int, scale: float, loss: Callable[[int], float], step: int) -> float:
-    walk.look(k, scale)
-    return loss(step)
-
-
 def _sound(plus: float, minus: float, clip: float) -> bool:
     finite = math.isfinite(plus) and math.isfinite(minus)
     return finite and (clip == 0 or abs(plus - minus) <= clip)
 
 
-def _scalar(walk: Walk, k: int, g: np.float32, plan: ZeroOrder, loss: Callable[[int], float], step: int) -> np.float32:
+def _scalar(walk: Walk, k: int, g: np.float32, plan: ZeroOrder, step: int) -> np.float32:
     if plan.optimizer == "sign":
         return np.float32(np.sign(g))
     if plan.optimizer == "conservative":
         length = plan.learning_rate * float(g)
-        tried = [(_at(walk, k, -factor * length, loss, step), abs(factor), factor) for factor in (0, 1, -1)]
-        return np.float32(min(tried)[2] * g)
+        losses = walk.losses(k, (0.0, -length, length), step)
+        return np.float32(min(zip(losses, (0, 1, 1), (0, 1, -1), strict=True))[2] * g)
     return g
+
+
+def copied(values: Any) -> Any:
+    """Copies a numpy array or a torch tensor."""
+    return values.copy() if isinstance(values, np.ndarray) else values.clone()
+
+
+def put_back(values: Any, before: Any, left_out: Any) -> None:
+    """Sets `values` to `before` where `left_out` says so: both numpy arrays, or both torch tensors."""
+    if isinstance(values, np.ndarray):
+        np.copyto(values, before, where=left_out, casting="unsafe")  # narrower values came from narrow ones
+    else:
+        values[left_out] = before[left_out].to(values.dtype)

@@ -23,10 +23,10 @@ at offset o is bit o // 128 of word o % 128, counted from the lowest; 0 is +1 an
 integer; it is scaled and added in float64 and rounded once, through float32 for narrower weights. So the order of
 seeds, tiles and threads cannot matter, and every processor gives the same bits.
 
-Backends with the same three functions `replay`, `perturb`, `advance`: `reference` (numpy, plain), `cpu` (numba),
+Backends with the same three functions `replay`, `perturb`, `spread`: `reference` (numpy, plain), `cpu` (numba),
 `portable` (torch, any device), `gpu` (Triton).
 """
 
-from fedtune.directions.pool import KINDS, TILE, Coefficients, Pool, layout
+from fedtune.directions.pool import KINDS, TILE, Coefficients, Move, Pool, layout
 
-__all__ = ["KINDS", "TILE", "Coefficients", "Pool", "layout"]
+__all__ = ["KINDS", "TILE", "Coefficients", "Move", "Pool", "layout"]

@@ -5,27 +5,32 @@ four quarters, which rotates the index by two bits, so that after log2 K bits al
 `rademacher` adds each coefficient under the mask of its sign bits. Bits equal `reference`, for any number of threads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from fedtune.directions.kernels import (
-    advance_signs,
     gaussian_into,
     hadamard_into,
     hadamard_pattern,
-    perturb_signs,
     rademacher_into,
+    spread_normals,
+    spread_signs,
 )
-from fedtune.directions.pool import TILE, Coefficients, Pool, check_first, check_replay, step_of, unit_of
+from fedtune.directions.pool import TILE, Coefficients, Move, Pool, check_first, check_replay, step_of, unit_of
 from fedtune.directions.quantiles import quantiles
 from fedtune.tensors import Array
 
 _CHUNK = 16 * TILE  # narrow weights are widened so many at a time
 _NO_PATTERN = np.zeros(128, np.uint32)
+_WIDE = (np.dtype(np.float32), np.dtype(np.float64))
+_LEAST = 64  # tiles a thread: fewer are not worth one
 Kernel = Callable[[Array, int, Array], None]
+Dtype: TypeAlias = np.dtype[Any]
 
 
 def replay(
@@ -51,66 +56,71 @@ def replay(
 
 def perturb(pool: Pool, k: int, scale: float, base: Array, first: int, out: Array, threads: int = 1) -> None:
     """Sets `out` to base + scale * z_k, rounded once; see `reference.perturb`."""
-    k0, k1 = pool.keys
-    step = step_of(pool, scale, out.dtype == np.float64)
-    stream, row, pattern = _signs_of(pool, k)
-    size = pool.size if pool.kind == "hadamard" else 0
-
-    def kernel(source: Array, tile: int, target: Array) -> None:
-        if pool.kind == "gaussian":
-            one = np.array([k]), np.array([1])
-            gaussian_into(k0, k1, *one, step, source, tile, target, quantiles())
-        else:
-            perturb_signs(k0, k1, stream, row, pattern, size, k, target.dtype.type(step), source, tile, target)
-
-    _over(kernel, base, first, out, threads)
+    _over(_spreading(pool, k, (scale,), None, np.dtype(np.float32), out.dtype), base, first, out[None], threads)
 
 
-def advance(
+def spread(
     pool: Pool,
     k: int,
-    change: float,
-    ahead: int,
-    scale: float,
+    scales: Sequence[float],
     weights: Array,
     first: int,
-    out: Array,
+    outs: Array,
+    move: Move | None = None,
     threads: int = 1,
 ) -> None:
-    """Adds change * z_k to `weights` in place, sets `out` to weights + scale * z_ahead: one pass over memory."""
-    if pool.kind == "gaussian" or weights.dtype != out.dtype or weights.dtype not in (np.float32, np.float64):
-        perturb(pool, k, change, weights, first, weights, threads)
-        perturb(pool, ahead, scale, weights, first, out, threads)
-        return
-    double = weights.dtype == np.float64
-    kind = weights.dtype.type
-    change, scale = step_of(pool, change, double), step_of(pool, scale, double)
-    now, then = _signs_of(pool, k), _signs_of(pool, ahead)
+    """Adds change * z_moved to `weights` in place, then sets each `outs[j]` to weights + scales[j] * z_k.
+
+    One pass over memory, for float32 and float64 weights. See `reference.spread`.
+    """
+    if move and weights.dtype not in _WIDE:
+        perturb(pool, *move, weights, first, weights, threads)
+        move = None
+    _over(_spreading(pool, k, scales, move, weights.dtype, outs.dtype), weights, first, outs, threads)
+
+
+def _spreading(pool: Pool, k: int, scales: Sequence[float], move: Move | None, kind: Dtype, out_kind: Dtype) -> Kernel:
+    """Makes the kernel of `spread` for weights and results of some dtypes."""
+    double = out_kind == np.float64
+    steps = np.array([step_of(pool, scale, double) for scale in scales], np.float64)
+    moved, change = move or (-1, 0.0)
+    change = step_of(pool, change, kind == np.float64)
+    if pool.kind == "gaussian":
+
+        def normal(source: Array, tile: int, targets: Array) -> None:
+            spread_normals(*pool.keys, moved, change, k, steps, source, tile, targets, quantiles())
+
+        return normal
     size = pool.size if pool.kind == "hadamard" else 0
-    k0, k1 = pool.keys
+    now, before = _pattern(pool, k), _pattern(pool, max(moved, 0))
+    # Signs times a step of 24 bits: float32 arithmetic gives the bits of float64 rounded once (`pool.step_of`).
+    exact, typed = _bits(np.array([change]), kind == np.float64), _bits(steps, double)
 
-    def kernel(source: Array, tile: int, target: Array) -> None:
-        advance_signs(k0, k1, *now, k, kind(change), *then, ahead, kind(scale), size, source, tile, target)
+    def signs(source: Array, tile: int, targets: Array) -> None:
+        spread_signs(*pool.keys, size, moved, exact, before, k, typed, now, source, tile, targets)
 
-    _over(kernel, weights, first, out, threads)
+    return signs
 
 
-def _signs_of(pool: Pool, k: int) -> tuple[int, int, Any]:
-    """Stream and row of a direction's signs, and the 128 words of H's row k over a tile."""
-    if pool.kind == "hadamard":
-        return 2, 0, hadamard_pattern(pool.size, k)
-    return 1, k, _NO_PATTERN
+def _bits(numbers: npt.NDArray[np.float64], double: bool) -> Array:
+    return numbers.view(np.uint64) if double else numbers.astype(np.float32).view(np.uint32)
+
+
+@lru_cache(64)
+def _pattern(pool: Pool, k: int) -> Any:
+    """The 128 words of H's row k over a tile."""
+    return hadamard_pattern(pool.size, k) if pool.kind == "hadamard" else _NO_PATTERN
 
 
 def _over(kernel: Kernel, base: Array, first: int, out: Array, threads: int) -> None:
-    """Runs a kernel over spans of whole tiles, one a thread."""
+    """Runs a kernel over spans of whole tiles, one a thread; `out` has the weights on its last axis."""
     check_first(first)
     tiles = -(-len(base) // TILE)
-    step = max(1, -(-tiles // threads)) * TILE
+    step = max(_LEAST, -(-tiles // threads)) * TILE
 
     def run(start: int) -> None:
         span = slice(start, start + step)
-        _widened(kernel, base[span], (first + start) // TILE, out[span])
+        _widened(kernel, base[span], (first + start) // TILE, out[..., span])
 
     if tiles * TILE <= step:
         run(0)
@@ -121,13 +131,12 @@ def _over(kernel: Kernel, base: Array, first: int, out: Array, threads: int) -> 
 
 def _widened(kernel: Kernel, base: Array, tile: int, out: Array) -> None:
     """Gives the kernel float32 where weights are narrower, a chunk at a time."""
-    wide = (np.float32, np.float64)
-    if base.dtype in wide and out.dtype in wide:
+    if base.dtype in _WIDE and out.dtype in _WIDE:
         kernel(base, tile, out)
         return
     for start in range(0, len(base), _CHUNK):
         chunk = slice(start, start + _CHUNK)
-        source = np.asarray(base[chunk], base.dtype if base.dtype in wide else np.float32)
-        target = np.empty(len(source), out.dtype if out.dtype in wide else np.float32)
+        source = np.asarray(base[chunk], base.dtype if base.dtype in _WIDE else np.float32)
+        target = np.empty(out[..., chunk].shape, out.dtype if out.dtype in _WIDE else np.float32)
         kernel(source, tile + start // TILE, target)
-        out[chunk] = target.astype(out.dtype)
+        out[..., chunk] = target.astype(out.dtype)

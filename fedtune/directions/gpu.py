@@ -5,6 +5,7 @@ With `TRITON_INTERPRET=1` in the environment the kernels run on a CPU, slowly; t
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 # (the language of the kernels is Triton's, which has no types)
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedtune.directions.pool import TILE, Coefficients, Pool, check_first, check_replay, step_of, unit_of
+from fedtune.directions.pool import TILE, Coefficients, Move, Pool, check_first, check_replay, step_of, unit_of
 from fedtune.directions.quantiles import quantiles
 
 _KINDS = {"rademacher": 0, "hadamard": 1, "gaussian": 2}
@@ -38,12 +39,14 @@ def perturb(pool: Pool, k: int, scale: float, base: Tensor, first: int, out: Ten
     _launch(pool, np.ones(1, np.int32), np.array([k], np.int32), step, base, first, out, all_at_once=False)
 
 
-def advance(
-    pool: Pool, k: int, change: float, ahead: int, scale: float, weights: Tensor, first: int, out: Tensor
+def spread(
+    pool: Pool, k: int, scales: Sequence[float], weights: Tensor, first: int, outs: Tensor, move: Move | None = None
 ) -> None:
-    """Adds change * z_k to `weights` in place, then sets `out` to weights + scale * z_ahead."""
-    perturb(pool, k, change, weights, first, weights)
-    perturb(pool, ahead, scale, weights, first, out)
+    """Adds change * z_moved to `weights` in place, then sets each `outs[j]` to weights + scales[j] * z_k."""
+    if move:
+        perturb(pool, *move, weights, first, weights)
+    for scale, out in zip(scales, outs, strict=True):
+        perturb(pool, k, scale, weights, first, out)
 
 
 def _launch(

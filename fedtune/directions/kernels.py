@@ -129,17 +129,14 @@ def gaussian_into(
     key0: int, key1: int, ks: Any, coefficients: Any, unit: float, base: Any, tile: int, out: Any, table: Any
 ) -> None:
     """Adds a replay of a gaussian pool."""
-    w, a = np.empty(2048, np.uint32), np.empty(TILE, np.int64)
+    w, z, a = np.empty(2048, np.uint32), np.empty(TILE, np.int32), np.empty(TILE, np.int64)
     for start in range(0, base.shape[0], TILE):
         a[:] = 0
         for n in range(ks.shape[0]):
-            words(key0, key1, tile + start // TILE, ks[n], STREAM_GAUSSIAN, 512, w)
+            normals(key0, key1, ks[n], tile + start // TILE, w, table, z)
             c = coefficients[n]
-            for v in range(2048):
-                low, high = w[v] & np.uint32(0xFFFF), w[v] >> np.uint32(16)
-                x, y = np.int64(table[low & 0x7FFF]), np.int64(table[high & 0x7FFF])
-                a[v] += c * (-x if low >> 15 else x)
-                a[2048 + v] += c * (-y if high >> 15 else y)
+            for v in range(TILE):
+                a[v] += c * np.int64(z[v])
         end = min(start + TILE, base.shape[0])
         add_into(a, unit, base[start:end], out[start:end])
 
@@ -157,57 +154,122 @@ def hadamard_pattern(size: int, k: int) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def sign_words(
-    key0: int, key1: int, stream: int, row: int, pattern: Any, size: int, k: int, tile: int, scratch: Any, out: Any
-) -> None:
-    """Fills `out` (128) with the sign bits of one direction over one tile; `size` is 0 for a rademacher pool."""
-    words(key0, key1, tile, row, stream, 32, out)
-    if size == 0:
-        return
-    words(key0, key1, tile, 0, STREAM_E, 32, scratch)
+def flips_of(key0: int, key1: int, size: int, k: int, tile: int) -> int:
+    """Returns, as 32 bits, which rows of 128 weights of a tile have E(b K + k) = -1."""
     rows, flips = size // WORDS, 0
+    four = np.empty(4, np.uint32)
     for block in range(TILE // size):
         at = block * size + k
-        if (scratch[at % WORDS] >> np.uint32(at // WORDS)) & np.uint32(1):
+        v = at % WORDS
+        words(key0, key1, np.uint64(tile) * np.uint64(32) + np.uint64(v % 32), 0, STREAM_E, 1, four)
+        if (four[v // 32] >> np.uint32(at // WORDS)) & np.uint32(1):
             flips |= ((1 << rows) - 1) << (block * rows)
+    return flips
+
+
+@njit(nogil=True, cache=True)
+def sign_words(key0: int, key1: int, k: int, pattern: Any, size: int, tile: int, d: Any, out: Any) -> None:
+    """Fills `out` (128) with the sign bits of direction k over one tile.
+
+    A hadamard pool (size above 0) reads D from `d`; a rademacher pool draws.
+    """
+    if size == 0:
+        words(key0, key1, tile, k, STREAM_RADEMACHER, 32, out)
+        return
+    flips = np.uint32(flips_of(key0, key1, size, k, tile))
     for v in range(WORDS):
-        out[v] ^= pattern[v] ^ np.uint32(flips)
+        out[v] = d[v] ^ pattern[v] ^ flips
 
 
 @njit(nogil=True, cache=True)
-def perturb_signs(
-    key0: int, key1: int, stream: int, row: int, pattern: Any, size: int, k: int,
-    step: Any, base: Any, tile: int, out: Any,
+def spread_signs(
+    key0: int, key1: int, size: int,
+    moved: int, change: Any, moved_pattern: Any,
+    k: int, steps: Any, pattern: Any,
+    weights: Any, tile: int, outs: Any,
 ) -> None:  # fmt: skip  # one direction is one line
-    """Sets `out` to base +- step."""
-    w, e = np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint32)
-    for start in range(0, base.shape[0], TILE):
-        sign_words(key0, key1, stream, row, pattern, size, k, tile + start // TILE, e, w)
-        for r in range(ROWS):
-            at = start + r * WORDS
-            x, y = base[at : at + WORDS], out[at : at + WORDS]
-            for v in range(x.shape[0]):
-                y[v] = x[v] - step if (w[v] >> np.uint32(r)) & np.uint32(1) else x[v] + step
+    """Adds +- change to `weights` in place (unless moved < 0), then sets outs[j] to weights +- |steps[j]|.
 
-
-@njit(nogil=True, cache=True)
-def advance_signs(
-    key0: int, key1: int,
-    stream: int, row: int, pattern: Any, k: int, change: Any,
-    stream2: int, row2: int, pattern2: Any, ahead: int, step: Any,
-    size: int, weights: Any, tile: int, out: Any,
-) -> None:  # fmt: skip  # one direction is one line
-    """Adds +- change to `weights` in place and sets `out` to weights +- step."""
-    w, w2, e = np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint32)
+    `change` (1,) and `steps` (S,) are the bits of numbers of the dtypes of `weights` and `outs`: a sign is put onto a
+    number by flipping its highest bit.
+    """
+    d, w, before = np.empty(WORDS, np.uint32), np.empty(WORDS, steps.dtype), np.empty(WORDS, change.dtype)
+    flipped, due = np.empty(WORDS, steps.dtype), np.empty(WORDS, change.dtype)
+    step, moves = flipped.view(outs.dtype), due.view(weights.dtype)
+    top = steps.dtype.type(1) << steps.dtype.type(8 * steps.itemsize - 1)
+    pair = steps.shape[0] == 2 and steps[0] ^ steps[1] == top
     for start in range(0, weights.shape[0], TILE):
         here = tile + start // TILE
-        sign_words(key0, key1, stream, row, pattern, size, k, here, e, w)
-        sign_words(key0, key1, stream2, row2, pattern2, size, ahead, here, e, w2)
-        for r in range(ROWS):
+        if size:
+            words(key0, key1, here, 0, STREAM_D, 32, d)
+        sign_words(key0, key1, k, pattern, size, here, d, w)
+        if moved >= 0:
+            sign_words(key0, key1, moved, moved_pattern, size, here, d, before)
+        for r in range(min(ROWS, (weights.shape[0] - start + WORDS - 1) // WORDS)):
             at = start + r * WORDS
-            x, y = weights[at : at + WORDS], out[at : at + WORDS]
-            bit = np.uint32(r)
-            for v in range(x.shape[0]):
-                moved = x[v] - change if (w[v] >> bit) & np.uint32(1) else x[v] + change
-                x[v] = moved
-                y[v] = moved - step if (w2[v] >> bit) & np.uint32(1) else moved + step
+            x = weights[at : at + WORDS]
+            flip(w, r, steps[0], flipped)
+            if moved >= 0:
+                flip(before, r, change[0], due)
+            if pair and moved >= 0:
+                advance_pair(x, moves, step, outs[0, at : at + WORDS], outs[1, at : at + WORDS])
+                continue
+            if moved >= 0:
+                for v in range(x.shape[0]):
+                    x[v] += moves[v]
+            for j in range(steps.shape[0]):
+                flip(w, r, steps[j], flipped)
+                y = outs[j, at : at + WORDS]
+                for v in range(x.shape[0]):
+                    y[v] = x[v] + step[v]
+
+
+@njit(nogil=True, inline="always")
+def advance_pair(x: Any, move: Any, step: Any, plus: Any, minus: Any) -> None:
+    """Adds a move to x, and sets the two looks of a step: all in registers."""
+    for v in range(x.shape[0]):
+        here = x[v] + move[v]
+        x[v] = here
+        plus[v] = here + step[v]
+        minus[v] = here - step[v]
+
+
+@njit(nogil=True, inline="always")
+def flip(signs: Any, row: int, bits: Any, out: Any) -> None:
+    """Sets `out` (128) to `bits`, its highest bit flipped where bit `row` of `signs` is set."""
+    up = out.dtype.type(8 * out.itemsize - 1 - row)
+    top = out.dtype.type(1 << (8 * out.itemsize - 1))
+    for v in range(WORDS):
+        out[v] = (signs[v] << up & top) ^ bits  # a left shift: a compiler sees that 32 bits are enough for it
+
+
+@njit(nogil=True, cache=True)
+def spread_normals(
+    key0: int, key1: int,
+    moved: int, change: float,
+    k: int, steps: Any,
+    weights: Any, tile: int, outs: Any, table: Any,
+) -> None:  # fmt: skip  # one direction is one line
+    """Adds change * z_moved to `weights` in place (unless moved < 0), then sets outs[j] to weights + steps[j] * z_k."""
+    words_ = np.empty(2048, np.uint32)
+    z, before = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
+    for start in range(0, weights.shape[0], TILE):
+        here = tile + start // TILE
+        normals(key0, key1, k, here, words_, table, z)
+        x = weights[start : start + TILE]
+        if moved >= 0:
+            normals(key0, key1, moved, here, words_, table, before)
+            add_into(before, change, x, x)
+        for j in range(steps.shape[0]):
+            add_into(z, steps[j], x, outs[j, start : start + TILE])
+
+
+@njit(nogil=True, cache=True)
+def normals(key0: int, key1: int, k: int, tile: int, scratch: Any, table: Any, out: Any) -> None:
+    """Fills `out` (4096) with the integers of direction k over one tile of a gaussian pool."""
+    words(key0, key1, tile, k, STREAM_GAUSSIAN, 512, scratch)
+    for v in range(2048):
+        low, high = scratch[v] & np.uint32(0xFFFF), scratch[v] >> np.uint32(16)
+        x, y = np.int32(table[low & 0x7FFF]), np.int32(table[high & 0x7FFF])
+        out[v] = -x if low >> 15 else x
+        out[2048 + v] = -y if high >> 15 else y

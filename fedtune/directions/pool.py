@@ -13,6 +13,8 @@ from fedtune.errors import ConfigError, problem
 Kind: TypeAlias = Literal["rademacher", "hadamard", "gaussian"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Coefficients: TypeAlias = npt.NDArray[np.int32]
+Move: TypeAlias = tuple[int, float]
+"""A direction, and how far along it."""
 
 TILE = 4096
 STREAM_RADEMACHER, STREAM_D, STREAM_E, STREAM_GAUSSIAN = 1, 2, 3, 4

@@ -4,7 +4,7 @@ Philox' 32-bit words live in int64, whose products wrap: the low 64 bits are rig
 an arithmetic shift brings in. Words are made for many tiles at once, weights are touched a few tiles at a time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from fedtune.directions.pool import (
     STREAM_RADEMACHER,
     TILE,
     Coefficients,
+    Move,
     Pool,
     check_first,
     check_replay,
@@ -50,12 +51,14 @@ def perturb(pool: Pool, k: int, scale: float, base: Tensor, first: int, out: Ten
     _add(_direction(pool, k, first, len(base), base.device), step, base, first, out)
 
 
-def advance(
-    pool: Pool, k: int, change: float, ahead: int, scale: float, weights: Tensor, first: int, out: Tensor
+def spread(
+    pool: Pool, k: int, scales: Sequence[float], weights: Tensor, first: int, outs: Tensor, move: Move | None = None
 ) -> None:
-    """Adds change * z_k to `weights` in place, then sets `out` to weights + scale * z_ahead."""
-    perturb(pool, k, change, weights, first, weights)
-    perturb(pool, ahead, scale, weights, first, out)
+    """Adds change * z_moved to `weights` in place, then sets each `outs[j]` to weights + scales[j] * z_k."""
+    if move:
+        perturb(pool, *move, weights, first, weights)
+    for scale, out in zip(scales, outs, strict=True):
+        perturb(pool, k, scale, weights, first, out)
 
 
 def transform(x: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,5 +1,7 @@
 """The directions written as plainly as possible: slow, and what every other backend must equal bit for bit."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -11,6 +13,7 @@ from fedtune.directions.pool import (
     STREAM_RADEMACHER,
     TILE,
     Coefficients,
+    Move,
     Pool,
     check_first,
     check_replay,
@@ -87,12 +90,24 @@ def perturb(pool: Pool, k: int, scale: float, base: Array, first: int, out: Arra
     out[:] = rounded(base.astype(np.float64) + direction(pool, k, first, len(base)) * step, out.dtype)
 
 
-def advance(
-    pool: Pool, k: int, change: float, ahead: int, scale: float, weights: Array, first: int, out: Array
+def spread(
+    pool: Pool, k: int, scales: Sequence[float], weights: Array, first: int, outs: Array, move: Move | None = None
 ) -> None:
-    """Adds change * z_k to `weights` in place, then sets `out` to weights + scale * z_ahead."""
-    perturb(pool, k, change, weights, first, weights)
-    perturb(pool, ahead, scale, weights, first, out)
+    """Adds change * z_moved to `weights` in place, then sets each `outs[j]` to weights + scales[j] * z_k.
+
+    Args:
+        pool: the directions.
+        k: number of the direction to look along.
+        scales: how far; one a row of `outs`.
+        weights: of one tensor, one-dimensional (N,).
+        first: where they begin in the pool.
+        outs: where the results go (S, N).
+        move: direction and change that are due before, if any.
+    """
+    if move:
+        perturb(pool, *move, weights, first, weights)
+    for scale, out in zip(scales, outs, strict=True):
+        perturb(pool, k, scale, weights, first, out)
 
 
 def rounded(values: Doubles, dtype: "np.dtype[np.generic]") -> Array:

@@ -21,19 +21,22 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 from safetensors.numpy import save_file
 
 from fedtune.directions import Pool
-from fedtune.errors import WireError, problem
+from fedtune.errors import ProtocolError, WireError, problem
 from fedtune.kspace import UNIT, Longs, Sum, joined, levels, packed, probabilities, trusted, unpacked
-from fedtune.method import BaseModel, ClientJob, Member, Method, ZeroOrder
+from fedtune.lora import LoraSpec, find_layers
+from fedtune.method import BaseModel, ClientJob, Member, Method, Part, ZeroOrder
 from fedtune.tensors import PRIVATE, Array, Manifest, Tensors, TensorSpec
+from fedtune.zo import REFUSED
 
 FILE = "fedkseed.safetensors"
 LIMIT = 2.0**16  # of a scalar
 _TOTAL, _SIZES, _COUNTS = PRIVATE + "total", PRIVATE + "sizes", PRIVATE + "counts"
+_ONCE = ("layers", "pool")
 Total = dict[bytes, dict[str, Sum]]
 
 
@@ -48,7 +51,7 @@ class FedKSeed(Method):
         steps: local steps a round. They take the place of `training.steps` and `training.epochs`.
         directions: directions a step, whose scalars are averaged.
         optimizer: `sgd`, `sign` (the sign of g), or `conservative` (of standing still, going and going back, what
-            gives the least loss). Momentum and Adam are not among them: their steps are no multiple of one direction.
+            gives the least loss). Others are refused, each with its reason.
         learning_rate: constant; a schedule would not commute with summing scalars over rounds.
         eps: length of a perturbation.
         loss_clip: steps whose two losses differ by more are skipped; 0 skips none.
@@ -56,6 +59,12 @@ class FedKSeed(Method):
         krum_byzantine: f, clients a round that may be hostile: multi-Krum leaves out the f whose K-vectors are farthest
             from the others'. Rounds need 2 f + 3 updates.
         clip_norm: longest K-vector (a client's scalars summed by seed); longer ones are scaled down; 0 scales none.
+        train: `all` weights; `sparse`: the smallest of each tensor of the base (Sparse MeZO); or `lora`: the factors of
+            an adapter, A drawn from `run.seed`, B zero.
+        density: of `sparse`: the fraction of each tensor that is tuned.
+        rank: of `lora`.
+        alpha: of `lora`; 0 means 2 r.
+        target_modules: of `lora`: last parts of the names of adapted modules, or `all-linear`.
     """
 
     name: ClassVar[str] = "fedkseed"
@@ -71,6 +80,18 @@ class FedKSeed(Method):
     pro: bool = False
     krum_byzantine: int = Field(default=0, ge=0, le=1000)
     clip_norm: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    train: Literal["all", "sparse", "lora"] = "all"
+    density: float = Field(default=0.25, gt=0, le=1)
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    target_modules: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1)
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _keeps_seeds_and_scalars(cls, name: object) -> object:
+        if name in REFUSED:
+            raise ValueError(problem("optimizer", "sgd, sign or conservative", name, REFUSED[str(name)]))
+        return name
 
     @property
     def least_updates(self) -> int:
@@ -81,12 +102,27 @@ class FedKSeed(Method):
         """Starts at the base: no scalar yet."""
         Pool(self.pool, seed, self.seeds)  # raises ConfigError for a size that the pool does not have
         zeros = np.zeros(self.seeds, np.int64)
-        state = {"pool": np.array([seed], np.int64), "model": np.zeros(32, np.uint8), **self._public(zeros, zeros, 60)}
+        layers = find_layers(base.weights, self.target_modules, base.transposed) if self.train == "lora" else ()
+        names = "\n".join(layer.name for layer in layers)
+        state = {
+            "layers": np.frombuffer(names.encode(), np.uint8),
+            "pool": np.array([seed], np.int64),
+            "model": np.zeros(32, np.uint8),
+            **self._public(zeros, zeros, 60),
+        }
         return {**state, _TOTAL: zeros, **({_SIZES: zeros, _COUNTS: zeros} if self.pro else {})}
 
+    def admit(self, member: Member) -> Member:
+        """Takes everyone; a rank or alpha of a client's own only where it is the method's."""
+        alpha = self.alpha or 2.0 * self.rank
+        if self.train == "lora" and (member.rank not in (0, self.rank) or member.alpha not in (0.0, alpha)):
+            got = f"rank {member.rank}, alpha {member.alpha}"
+            raise ProtocolError(problem(f"adapter of {member.id}", f"rank {self.rank}, alpha {alpha}", got))
+        return member
+
     def broadcast(self, state: Tensors, since: int) -> Tensors:
-        """Sends what has changed: everything but the coordinator's own sums, and the pool's seed only once."""
-        return {n: a for n, a in state.items() if not n.startswith(PRIVATE) and (since < 0 or n != "pool")}
+        """Sends what has changed: everything but the coordinator's own sums; pool and layers only once."""
+        return {n: a for n, a in state.items() if not n.startswith(PRIVATE) and (since < 0 or n not in _ONCE)}
 
     def fold(self, total: Total | None, update: Tensors, member: Member, weight: int) -> Total:
         """Adds the scalars by seed, in integers, to those of the same model.
@@ -106,7 +142,7 @@ class FedKSeed(Method):
         """
         model, used = self._used(total)
         scalars = state[_TOTAL] + used.mean()
-        after = {"pool": state["pool"], "model": np.frombuffer(model, np.uint8), _TOTAL: scalars}
+        after = {**{name: state[name] for name in _ONCE}, "model": np.frombuffer(model, np.uint8), _TOTAL: scalars}
         now = np.zeros(self.seeds, np.int64)
         if self.pro:
             after[_SIZES], after[_COUNTS] = state[_SIZES] + used.sizes, state[_COUNTS] + used.counts
@@ -123,10 +159,11 @@ class FedKSeed(Method):
 
     def install(self, job: ClientJob, received: Tensors) -> None:
         """Rebuilds the model from the base."""
-        for name in ("pool", "levels"):
+        for name in (*_ONCE, "levels"):
             if name in received:
                 job.memory[name] = received[name]
-        digest = job.replay(self._pool(job), unpacked(received["coefficients"]), int(received["exponent"][0]))
+        coefficients, exponent = unpacked(received["coefficients"]), int(received["exponent"][0])
+        digest = job.replay(self._part(job.memory), self._pool(job.memory), coefficients, exponent)
         job.memory["model"] = np.frombuffer(digest, np.uint8)
 
     def client_update(self, job: ClientJob, expected: Manifest) -> Tensors:
@@ -135,7 +172,7 @@ class FedKSeed(Method):
         chances = probabilities(job.memory["levels"]) if self.pro else None
         seeds = rng.choice(self.seeds, self.steps * self.directions, p=chances).astype(np.int32)
         plan = ZeroOrder(self.steps, self.directions, self.eps, self.learning_rate, self.optimizer, self.loss_clip)
-        g = job.zo_steps(self._pool(job), seeds, plan)
+        g = job.zo_steps(self._part(job.memory), self._pool(job.memory), seeds, plan)
         taken = np.abs(g) < LIMIT  # false for NaN
         scalars = np.where(taken, g, 0).astype(np.float32)
         return {"seeds": np.where(taken, seeds, -1).astype(np.int32), "scalars": scalars, "model": job.memory["model"]}
@@ -157,12 +194,19 @@ class FedKSeed(Method):
         return update
 
     def export(self, state: Tensors, folder: Path, base_model: str) -> None:
-        """Writes the coefficients, which are the whole change; `fedtune.training.zo.SeedModel.load` applies them."""
+        """Writes the coefficients, which are the whole change; `fedtune.training.zo.rebuilt` applies them."""
         kept = {n: np.ascontiguousarray(state[n]) for n in ("pool", "coefficients", "exponent")}
-        save_file(kept, folder / FILE, {"base": base_model, "pool": self.pool, "seeds": str(self.seeds)})
+        about = {"base": base_model, "pool": self.pool, "seeds": str(self.seeds), **self._part(state).to_text()}
+        save_file(kept, folder / FILE, about)
 
-    def _pool(self, job: ClientJob) -> Pool:
-        return Pool(self.pool, int(job.memory["pool"][0]), self.seeds)
+    def _pool(self, known: Tensors) -> Pool:
+        return Pool(self.pool, int(known["pool"][0]), self.seeds)
+
+    def _part(self, known: Tensors) -> Part:
+        if self.train != "lora":
+            return Part(self.train, self.density if self.train == "sparse" else 1.0)
+        layers = tuple(known["layers"].tobytes().decode().split("\n"))
+        return Part("lora", 1.0, LoraSpec(layers, self.rank, self.alpha or 2.0 * self.rank), int(known["pool"][0]))
 
     def _used(self, total: Total) -> tuple[bytes, Sum]:
         """The model that most weight agrees on, and the sum of its updates that count."""
@@ -172,6 +216,6 @@ class FedKSeed(Method):
 
     def _public(self, scalars: Longs, now: Longs, exponent: int) -> dict[str, Array]:
         """What clients need: -lr A in 24 bits, in a unit not finer than before, and Pro's levels."""
-        bits, exponent = packed(-self.learning_rate * (scalars * UNIT), exponent)
+        bits, exponent = packed(scalars * (-self.learning_rate * UNIT), exponent)
         public: dict[str, Array] = {"coefficients": bits, "exponent": np.array([exponent], np.int32)}
         return {**public, "levels": now.astype(np.uint8)} if self.pro else public

@@ -22,7 +22,8 @@ from fedtune.training.merging import MergedBase
 from fedtune.training.models import choose_device, load_model, resolve_model
 from fedtune.training.packing import Plan
 from fedtune.training.scoring import Scorer
-from fedtune.training.zo import SeedModel
+from fedtune.training.seeded import SeedAdapter
+from fedtune.training.zo import rebuilt
 
 MAX_CHOICES = 16
 
@@ -118,12 +119,13 @@ class Evaluator:
 
     def seeds(self, folder: Path) -> dict[str, float]:
         """Measures the model that a FedKSeed run tuned; the base is put back afterwards."""
-        model = SeedModel(self.scorer.model)
+        held = rebuilt(self.merged.model, folder)
         try:
-            model.load(folder)
+            if isinstance(held, SeedAdapter):
+                return self.factors(held.scaled())
             return evaluate(self.scorer, self.exam, self.config)
         finally:
-            model.reset()
+            held.reset()
 
     def factors(self, factors: Tensors) -> dict[str, float]:
         """Measures the base with B A of `factors` (`layer/A`, `layer/B`) added; the base is put back afterwards."""

@@ -6,7 +6,7 @@ from typing import Protocol
 from fedtune.directions import Coefficients, Pool
 from fedtune.errors import ProtocolError, problem
 from fedtune.lora import LoraSpec, overlaid
-from fedtune.method import Member, ZeroOrder
+from fedtune.method import Member, Part, ZeroOrder
 from fedtune.tensors import Array, Tensors
 from fedtune.training.lora import fresh_factors
 from fedtune.training.merging import MergedBase
@@ -22,11 +22,11 @@ class Holder(Protocol):
     def fit(self, spec: LoraSpec, factors: Tensors, seed: int, frozen: Collection[str] = ()) -> Tensors:
         """Trains an adapter that starts at `factors`, but for the `frozen` sides, and returns its new ones."""
 
-    def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
-        """Rebuilds all weights from the base, and returns the model's digest."""
+    def replay(self, part: Part, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
+        """Rebuilds what `part` names from the base, and returns its digest."""
 
-    def fit_seeds(self, pool: Pool, seeds: Coefficients, plan: ZeroOrder, seed: int) -> Array:
-        """Trains all weights along `seeds`, and returns each one's scalar."""
+    def fit_seeds(self, part: Part, pool: Pool, seeds: Coefficients, plan: ZeroOrder, seed: int) -> Array:
+        """Trains `part` along `seeds`, and returns each one's scalar."""
 
 
 class TorchJob:
@@ -73,13 +73,13 @@ class TorchJob:
         """Trains the attached adapter further, but for the `frozen` sides; raises ProtocolError when there is none."""
         return self._worker.fit(*self._attached(), self.seed, frozen)
 
-    def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
-        """Sets all weights to base + 2**-exponent * sum_k c_k z_k; returns the SHA-256 of the model."""
-        return self._worker.replay(pool, coefficients, exponent)
+    def replay(self, part: Part, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
+        """Sets what `part` names to base + 2**-exponent * sum_k c_k z_k; returns the SHA-256 of it."""
+        return self._worker.replay(part, pool, coefficients, exponent)
 
-    def zo_steps(self, pool: Pool, seeds: Coefficients, plan: ZeroOrder) -> Array:
-        """Trains all weights along `seeds` and leaves them as they were; NaN stands where a step was skipped."""
-        return self._worker.fit_seeds(pool, seeds, plan, self.seed)
+    def zo_steps(self, part: Part, pool: Pool, seeds: Coefficients, plan: ZeroOrder) -> Array:
+        """Trains `part` along `seeds` and leaves it as it was; NaN stands where a step was skipped."""
+        return self._worker.fit_seeds(part, pool, seeds, plan, self.seed)
 
     def _attached(self) -> tuple[LoraSpec, Tensors]:
         if self._worker.attached is None:

@@ -19,7 +19,7 @@ from fedtune.base import open_base
 from fedtune.directions import Coefficients, Pool
 from fedtune.errors import ProtocolError, TrainingError, problem
 from fedtune.lora import LoraSpec
-from fedtune.method import Member, Method, ZeroOrder
+from fedtune.method import Member, Method, Part, ZeroOrder
 from fedtune.rounds import job_seed
 from fedtune.tensors import Array, Tensors
 from fedtune.training.job import TorchJob
@@ -85,11 +85,11 @@ class OwnWorker:
             raise TrainingError(problem("update", want, "the one it was given", remedy))
         return after
 
-    def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
+    def replay(self, part: Part, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
         """Raises ProtocolError: seed methods train without gradients, in a loop of their own."""
         want = "a method that trains adapters, such as flora"
         raise ProtocolError(problem("a training function of one's own", want, "one that sends seeds"))
 
-    def fit_seeds(self, pool: Pool, seeds: Coefficients, plan: ZeroOrder, seed: int) -> Array:
+    def fit_seeds(self, part: Part, pool: Pool, seeds: Coefficients, plan: ZeroOrder, seed: int) -> Array:
         """Raises ProtocolError, as `replay` does before it."""
         raise ProtocolError(problem("a training function of one's own", "an adapter to train", "seeds"))

@@ -58,6 +58,17 @@ class Batch:
         """Tokens that are not padding."""
         return int((self.blocks != _PADDING).sum())
 
+    def repeated(self, copies: int) -> "Batch":
+        """Lays the same sequences out so many times, one copy behind the other."""
+        if copies == 1:
+            return self
+        ids, positions, blocks, sees = (
+            np.concatenate([array] * copies) for array in (self.ids, self.positions, self.blocks, self.sees)
+        )
+        at = np.concatenate([self.at + n * self.ids.size for n in range(copies)])
+        targets, rows, branches = (np.tile(array, copies) for array in (self.targets, self.rows, self.branches))
+        return Batch(ids, positions, blocks, sees, at, targets, rows, branches)
+
 
 @dataclass(frozen=True)
 class Stem:

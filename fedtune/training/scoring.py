@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from fedtune.training.encoding import Encoded
 from fedtune.training.packing import Batch, collate
 
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 @dataclass(frozen=True)
@@ -78,5 +78,5 @@ def _agrees(scorer: Scorer, batch: Batch, expected: torch.Tensor) -> bool:
         got = scorer(batch)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         return False
-    limit = _TOLERANCE.get(scorer.model.dtype, 0.05)
+    limit = TOLERANCE.get(scorer.model.dtype, 0.05)
     return got.shape == expected.shape and bool(torch.allclose(got, expected, rtol=limit, atol=limit))

@@ -9,7 +9,7 @@ from fedtune.base import open_base
 from fedtune.config import Config, Shared
 from fedtune.directions import Coefficients, Pool
 from fedtune.lora import LoraSpec
-from fedtune.method import Member, Method, ZeroOrder
+from fedtune.method import Member, Method, Part, ZeroOrder
 from fedtune.rounds import job_seed
 from fedtune.tensors import Array, Tensors
 from fedtune.training.adapt import Bench, fit_adapter
@@ -20,7 +20,8 @@ from fedtune.training.job import TorchJob
 from fedtune.training.merging import MergedBase
 from fedtune.training.models import choose_device, load_model, resolve_model
 from fedtune.training.scoring import Scorer
-from fedtune.training.zo import SeedModel, fit_seeds
+from fedtune.training.seeded import Seeded, seeded
+from fedtune.training.zo import fit_seeds
 from fedtune.worker import OnStep
 
 
@@ -43,7 +44,7 @@ class TorchWorker:
         self.base = MergedBase(bench.scorer.model)
         self.attached: tuple[LoraSpec, Tensors] | None = None
         self.memory: dict[str, Array] = {}
-        self._replayed: SeedModel | None = None
+        self._replayed: tuple[Part, Seeded] | None = None
         self._bench = bench
         self._seed = seed
 
@@ -86,7 +87,7 @@ class TorchWorker:
         """Goes back to the base weights, with nothing attached."""
         self.base.reset()
         if self._replayed is not None:
-            self._replayed.reset()
+            self._replayed[1].reset()
         self.attached = None
 
     def job(self, method: Method, member: Member, round_number: int) -> TorchJob:
@@ -98,16 +99,16 @@ class TorchWorker:
         trained, self.metrics = fit_adapter(self._bench, spec, factors, seed, frozen)
         return trained
 
-    def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
-        """Rebuilds all weights from the base, and returns the model's digest."""
-        return self._seed_model().replay(pool, coefficients, exponent)
+    def replay(self, part: Part, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
+        """Rebuilds what `part` names from the base, and returns its digest."""
+        return self._held(part).replay(pool, coefficients, exponent)
 
-    def fit_seeds(self, pool: Pool, seeds: Coefficients, plan: ZeroOrder, seed: int) -> Array:
-        """Trains all weights along `seeds` and remembers the metrics."""
-        scalars, self.metrics = fit_seeds(self._bench, self._seed_model(), pool, seeds, plan, seed)
+    def fit_seeds(self, part: Part, pool: Pool, seeds: Coefficients, plan: ZeroOrder, seed: int) -> Array:
+        """Trains `part` along `seeds` and remembers the metrics."""
+        scalars, self.metrics = fit_seeds(self._bench, self._held(part), pool, seeds, plan, seed)
         return scalars
 
-    def _seed_model(self) -> SeedModel:
-        if self._replayed is None:
-            self._replayed = SeedModel(self.base.model)
-        return self._replayed
+    def _held(self, part: Part) -> Seeded:
+        if self._replayed is None or self._replayed[0] != part:
+            self._replayed = part, seeded(self.base.model, part)
+        return self._replayed[1]

@@ -1,98 +1,45 @@
-"""A torch model whose weights are a base plus directions of a pool: rebuilt from coefficients, trained by losses."""
+"""Training a torch model by losses alone, along directions of a pool."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Literal, TypeAlias
 
-import ml_dtypes
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
+from transformers import PreTrainedModel
 
-from fedtune.directions import Coefficients, Pool, layout
+from fedtune.directions import KINDS, Coefficients, Pool
+from fedtune.directions.pool import Kind
 from fedtune.errors import ModelError, TrainingError, problem
 from fedtune.kspace import unpacked
-from fedtune.method import ZeroOrder
+from fedtune.method import Part, ZeroOrder
 from fedtune.methods.fedkseed import FILE
-from fedtune.tensors import Array, leaf_digest, root_digest
+from fedtune.tensors import Array
 from fedtune.training.adapt import Bench
+from fedtune.training.encoding import Encoded
 from fedtune.training.loop import autocast
-from fedtune.zo import Walk, train
+from fedtune.training.packing import Batch, collate
+from fedtune.training.scoring import TOLERANCE, Scorer
+from fedtune.training.seeded import Seeded, seeded
+from fedtune.training.streaming import Losses, Streamed, array, streaming
+from fedtune.zo import Line, PlainWalk, Walk, train
 
-
-class SeedModel:
-    """The weights of a model, all of them, on the base they were loaded with.
-
-    Tensors are known by their names in the model; tied ones count once. The base stays as it is, which costs nothing
-    where it is mapped from a file.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._weights = dict(sorted(model.named_parameters()))
-        self._base = {name: weight.data.contiguous() for name, weight in self._weights.items()}
-        self._first = layout({name: weight.numel() for name, weight in self._base.items()})
-
-    def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
-        """Sets the weights to base + 2**-exponent * sum_k c_k z_k, rounded once; returns the model's digest."""
-        for name, weight in self._weights.items():
-            base, out = self._base[name], torch.empty_like(self._base[name])
-            backend(base).replay(pool, coefficients, exponent, flat(base), self._first[name], flat(out))
-            weight.data = out
-        return self.digest()
-
-    def load(self, folder: Path) -> None:
-        """Rebuilds the model that `FedKSeed.export` wrote to `folder`; raises ModelError when there is none."""
-        try:
-            with safe_open(folder / FILE, framework="numpy") as file:
-                about = file.metadata()
-                stored = {name: file.get_tensor(name) for name in ("pool", "coefficients", "exponent")}
-            pool = Pool(about["pool"], int(stored["pool"][0]), int(about["seeds"]))
-            self.replay(pool, unpacked(stored["coefficients"]), int(stored["exponent"][0]))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise ModelError(problem(str(folder / FILE), "the coefficients of a FedKSeed run", error)) from error
-
-    def digest(self) -> bytes:
-        """SHA-256 of all weights: their names, shapes, dtypes and values (32 bytes)."""
-        arrays = ((name, weight.data.cpu()) for name, weight in self._weights.items())
-        leaves = (leaf_digest(name, flat(w).reshape(tuple(w.shape))) for name, w in arrays)
-        return bytes.fromhex(root_digest(leaves))
-
-    def reset(self) -> None:
-        """Puts the base back."""
-        for name, weight in self._weights.items():
-            weight.data = self._base[name]
-
-    @contextmanager
-    def walk(self, pool: Pool) -> Iterator[Walk]:
-        """Lets the weights move along directions for the length of a `with` block; afterwards they are as before.
-
-        Narrow weights move in float32.
-        """
-        before = {name: weight.data for name, weight in self._weights.items()}
-        parts = []
-        try:
-            for name, weight in self._weights.items():
-                start = before[name].contiguous()
-                wide = start.clone() if start.dtype == torch.float64 else start.to(torch.float32, copy=True)
-                weight.data = torch.empty_like(start)
-                parts.append((flat(wide), self._first[name], flat(weight.data)))
-            yield Walk(pool, backend(wide), parts)
-        finally:
-            for name, weight in self._weights.items():
-                weight.data = before[name]
+Lines: TypeAlias = Mapping[nn.Parameter, Line]
+Looks: TypeAlias = Literal["together", "apart", "whole"]
+TOGETHER = 1024
+"""Tokens a batch up to which two looks share a forward pass; larger ones gain nothing from it, and it takes room."""
+_FAR = (1e-2, -1e-2)  # far enough for a loss to show
 
 
 def fit_seeds(
-    bench: Bench, model: SeedModel, pool: Pool, seeds: Coefficients, plan: ZeroOrder, seed: int
+    bench: Bench, held: Seeded, pool: Pool, seeds: Coefficients, plan: ZeroOrder, seed: int
 ) -> tuple[Array, dict[str, float]]:
-    """Trains all weights along `seeds`; the model is left as it was before.
+    """Trains weights along `seeds`; they are left as they were before.
 
     Returns:
         The scalar of each direction, float32, NaN where skipped; and the metrics of `fedtune.training.loop.train`,
@@ -103,8 +50,12 @@ def fit_seeds(
     """
     steps, stream = replace(bench.plan(), steps=plan.steps).batches(seed)
     start, batches = time.monotonic(), list(stream)
-    with torch.inference_mode(), model.walk(pool) as walk:
-        done = train(walk, seeds, plan, lambda step: _loss(bench, batches[step]), bench.on_step)
+    with torch.inference_mode(), held.walk(pool) as lines:
+        looks = how(bench.scorer, lines)
+        if looks == "together" and max(part.ids.size for batch in batches for part in batch) > TOGETHER:
+            looks = "apart"
+        with walking(bench.scorer.model, lines, looks, _losses(bench, batches)) as walk:
+            done = train(walk, seeds, plan, bench.on_step)
     if done.skipped == len(seeds):
         remedy = "Lower method.learning_rate, or raise method.loss_clip"
         raise TrainingError(problem("steps", "a finite loss in one of them at least", "none", remedy))
@@ -123,29 +74,81 @@ def fit_seeds(
     }
 
 
-def _loss(bench: Bench, parts: Any) -> float:
-    learned = sum(len(part.at) for part in parts)
-    with autocast(bench.config, bench.scorer.model.device):
-        return sum(float(bench.scorer(part).sum()) for part in parts) / learned
+@contextmanager
+def walking(model: PreTrainedModel, lines: Lines, looks: Looks, compute: Losses) -> Iterator[Walk]:
+    """Makes a walk of the weights in `model`, by layers or as a whole.
+
+    Args:
+        model: holds the parameters.
+        lines: their weights on their way.
+        looks: how the model may be looked at (`how`).
+        compute: losses of a step's batch, laid out some times over.
+    """
+    if looks == "whole":
+        for weight in lines:
+            weight.data = torch.empty_like(weight.data)
+        parts = [(line, array(weight.data.view(1, -1))) for weight, line in lines.items()]
+        yield PlainWalk(parts, lambda step: compute(step, 1)[0])
+        return
+    walk = Streamed(list(lines.values()), compute, together=looks == "together")
+    with streaming(model, lines, walk):
+        yield walk
 
 
-def backend(tensor: Tensor) -> Any:
-    """Returns the module that computes directions where `tensor` is: numba, Triton, or torch alone."""
-    if tensor.device.type == "cpu":
-        cpu, threads = import_module("fedtune.directions.cpu"), torch.get_num_threads()
-        names = ("replay", "perturb", "advance")
-        return SimpleNamespace(**{name: partial(getattr(cpu, name), threads=threads) for name in names})
+def how(scorer: Scorer, lines: Lines) -> Looks:
+    """Finds out how this architecture lets its weights be looked at, with a few forward passes over 12 tokens.
+
+    Returns:
+        `together`: layers make their weights, and two looks are the halves of one batch; `apart`: one look after the
+        other; `whole`: some module reads weights that are not its own, so all are made beforehand.
+    """
+    ids = np.arange(3, 15) % scorer.model.config.get_text_config().vocab_size
+    rows = [Encoded.plain(part, [True] * len(part)) for part in (ids[:7].tolist(), ids[7:].tolist())]
+    batch, seen = collate(rows, [[0], [1]]), list[torch.Tensor]()
+
+    def compute(_: int, copies: int) -> list[float]:
+        seen.append(scorer(batch.repeated(copies)).view(copies, -1))
+        return [0.0] * copies
+
     try:
-        return import_module("fedtune.directions.gpu")
-    except ImportError:
-        return import_module("fedtune.directions.portable")
+        with walking(scorer.model, lines, "apart", compute) as walk:
+            walk.losses(0, _FAR, 0)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return "whole"
+    try:
+        with walking(scorer.model, lines, "together", compute) as walk:
+            walk.losses(0, _FAR, 0)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return "apart"
+    limit = TOLERANCE.get(scorer.model.dtype, 0.05)
+    return "together" if torch.allclose(torch.cat(seen[:-1]), seen[-1], rtol=limit, atol=limit) else "apart"
 
 
-def flat(tensor: Tensor) -> Any:
-    """Views a contiguous tensor as one axis, as a numpy array when it is on the CPU."""
-    line = tensor.view(-1)
-    if line.device.type != "cpu":
-        return line
-    if line.dtype == torch.bfloat16:
-        return line.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return line.numpy()
+def rebuilt(model: PreTrainedModel, folder: Path) -> Seeded:
+    """Rebuilds what `FedKSeed.export` wrote to `folder`, on the base that is in `model`.
+
+    Raises:
+        ModelError: there is nothing of the kind, or it does not fit the model.
+    """
+    try:
+        with safe_open(folder / FILE, framework="numpy") as file:
+            part = Part.from_text(file.metadata())
+            kinds: dict[str, Kind] = {kind: kind for kind in KINDS}
+            kind, k = kinds[file.metadata()["pool"]], int(file.metadata()["seeds"])
+            stored = {name: file.get_tensor(name) for name in ("pool", "coefficients", "exponent")}
+        held = seeded(model, part)
+        held.replay(Pool(kind, int(stored["pool"][0]), k), unpacked(stored["coefficients"]), int(stored["exponent"][0]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise ModelError(problem(str(folder / FILE), "the coefficients of a FedKSeed run", error)) from error
+    return held
+
+
+def _losses(bench: Bench, batches: Sequence[Sequence[Batch]]) -> Losses:
+    def compute(step: int, copies: int) -> list[float]:
+        total = torch.zeros(copies, dtype=torch.float64)
+        with autocast(bench.config, bench.scorer.model.device):
+            for part in batches[step]:
+                total += bench.scorer(part.repeated(copies)).view(copies, -1).sum(1).double().cpu()
+        return (total / sum(len(part.at) for part in batches[step])).tolist()
+
+    return compute

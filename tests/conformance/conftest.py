@@ -29,9 +29,12 @@ _VARIANTS = [
     "fedavg-lora by both ways",
     "fedavg-lora by adam",
     "ffa-lora by nesterov",
+    "fedavg-lora by personal",
     "flora by warm start",
     "flora by budget",
     "flora by ternary",
+    "fedkseed by adapter",
+    "fedkseed by sparse",
 ]
 _OPTIONS: dict[str, dict[str, Any]] = {
     "int8": {"uplink.codec": "int8"},
@@ -40,9 +43,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "both ways": {"uplink": "int4", "downlink.codec": "ternary", "downlink.feedback": True},
     "adam": {"server_optimizer.name": "adam", "clip_norm": 0.5},
     "nesterov": {"server_optimizer.name": "nesterov", "clip_norm": 0.5},
+    "personal": {"personal": ["layers.1.*", "lora_A"]},
     "warm start": {"start": "warm", "rank_budget": 6, "energy": 0.99, "clip_norm": 0.5},
     "budget": {"rank": 4, "rank_budget": 16, "server_optimizer.name": "momentum"},
 }
+_OPTIONS["adapter"] = {"train": "lora", "rank": 2, "optimizer": "sign"}
+_OPTIONS["sparse"] = {"train": "sparse", "density": 0.3, "pool": "rademacher", "clip_norm": 1.0, "directions": 2}
 _SMALL: dict[str, dict[str, Any]] = {
     "fedkseed": {"seeds": 128, "steps": 4, "learning_rate": 1e-4, "eps": 1e-2, "pro": True}
 }

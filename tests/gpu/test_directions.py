@@ -42,12 +42,12 @@ def test_bits_equal_the_reference(backend, pool, dtype):
         assert torch.equal(out.cpu(), torch.from_numpy(want).to(base.dtype)), name
 
 
-def test_advance(backend):
+def test_spread(backend):
     pool = POOLS[1]
     weights = torch.randn(2 * TILE + 5)
-    other, out = weights.numpy().copy(), np.empty(2 * TILE + 5, np.float32)
-    cpu.advance(pool, 5, 1e-4, 9, 1e-3, other, 0, out)
-    moved, got = weights.cuda(), torch.empty_like(weights, device="cuda")
-    backend.advance(pool, 5, 1e-4, 9, 1e-3, moved, 0, got)
+    other, outs = weights.numpy().copy(), np.empty((2, 2 * TILE + 5), np.float32)
+    cpu.spread(pool, 9, (1e-3, -1e-3), other, 0, outs, (5, 1e-4))
+    moved, got = weights.cuda(), torch.empty(outs.shape, device="cuda")
+    backend.spread(pool, 9, (1e-3, -1e-3), moved, 0, got, (5, 1e-4))
     assert torch.equal(moved.cpu(), torch.from_numpy(other))
-    assert torch.equal(got.cpu(), torch.from_numpy(out))
+    assert torch.equal(got.cpu(), torch.from_numpy(outs))

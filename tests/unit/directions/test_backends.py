@@ -58,23 +58,46 @@ def test_replay(pool, dtype, count, first, exponent, seed, threads):
 
 
 @settings(max_examples=40, deadline=None)
-@given(POOLS, DTYPES, LENGTHS, PLACES, st.floats(-1, 1), st.floats(-1e-3, 1e-3), st.integers(0, 2**32), st.data())
-def test_perturb_and_advance(pool, dtype, count, first, scale, change, seed, data):
-    k, ahead = data.draw(st.integers(0, pool.size - 1)), data.draw(st.integers(0, pool.size - 1))
+@given(POOLS, DTYPES, DTYPES, LENGTHS, PLACES, st.floats(-1, 1), st.integers(0, 2**32), st.integers(1, 2), st.data())
+def test_perturb(pool, dtype, out_dtype, count, first, scale, seed, threads, data):
+    k = data.draw(st.integers(0, pool.size - 1))
     base = _weights(seed, count, dtype)
-    want, got = np.empty_like(base), np.empty_like(base)
+    want, got = np.empty(count, out_dtype), np.empty(count, out_dtype)
     reference.perturb(pool, k, scale, base, first, want)
-    cpu.perturb(pool, k, scale, base, first, got, threads=2)
+    cpu.perturb(pool, k, scale, base, first, got, threads)
     assert got.tobytes() == want.tobytes()
-    moved, same = base.copy(), base.copy()
-    reference.advance(pool, k, change, ahead, scale, moved, first, want)
-    cpu.advance(pool, k, change, ahead, scale, same, first, got)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    POOLS, DTYPES, DTYPES, LENGTHS, PLACES, st.lists(st.floats(-1, 1), min_size=1, max_size=3),
+    st.none() | st.floats(-1e-3, 1e-3), st.integers(0, 2**32), st.integers(1, 2), st.data(),
+)  # fmt: skip
+def test_spread(pool, dtype, out_dtype, count, first, scales, change, seed, threads, data):
+    k, moved = data.draw(st.integers(0, pool.size - 1)), data.draw(st.integers(0, pool.size - 1))
+    move = None if change is None else (moved, change)
+    base = _weights(seed, count, dtype)
+    want, got = (np.empty((len(scales), count), out_dtype) for _ in "ab")
+    by_reference, by_cpu, by_torch = base.copy(), base.copy(), _tensor(base)
+    reference.spread(pool, k, scales, by_reference, first, want, move)
+    cpu.spread(pool, k, scales, by_cpu, first, got, move, threads)
     assert got.tobytes() == want.tobytes()
-    assert same.tobytes() == moved.tobytes()
-    third, out = _tensor(base), torch.empty_like(_tensor(base))
-    portable.advance(pool, k, change, ahead, scale, third, first, out)
-    assert _bytes(out) == want.tobytes()
-    assert _bytes(third) == moved.tobytes()
+    assert by_cpu.tobytes() == by_reference.tobytes()
+    outs = torch.empty_like(_tensor(want))
+    portable.spread(pool, k, scales, by_torch, first, outs, move)
+    assert _bytes(outs) == want.tobytes()
+    assert _bytes(by_torch) == by_reference.tobytes()
+
+
+def test_many_tiles_are_dealt_out_to_threads():
+    pool = Pool("hadamard", 7, 4096)
+    base = _weights(1, 200 * TILE + 17, np.float32)
+    outs = [np.empty((2, len(base)), np.float32) for _ in "ab"]
+    moved = [base.copy(), base.copy()]
+    for threads, out, weights in zip((1, 3), outs, moved, strict=True):
+        cpu.spread(pool, 5, (1e-3, -1e-3), weights, TILE, out, (9, 1e-4), threads)
+    assert outs[0].tobytes() == outs[1].tobytes()
+    assert moved[0].tobytes() == moved[1].tobytes() != base.tobytes()
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "rademacher", "gaussian"])

@@ -8,15 +8,17 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file
 
 from fedtune.codecs import raw
+from fedtune.config import parse
 from fedtune.directions import Pool, layout, reference
-from fedtune.errors import ConfigError, RoundError, WireError
+from fedtune.errors import ConfigError, ProtocolError, RoundError, WireError
 from fedtune.kspace import levels, probabilities, unpacked
-from fedtune.method import Member, ZeroOrder
+from fedtune.method import Member, Part, ZeroOrder
 from fedtune.methods import FedKSeed
 from fedtune.methods.fedkseed import LIMIT
 from fedtune.rounds import Replica, Round, work
 from fedtune.tensors import PRIVATE, Manifest, digest
 from fedtune.testing import ToyWorker
+from fedtune.zo import REFUSED
 
 SMALL = {"seeds": 24, "pool": "rademacher", "steps": 6, "eps": 1e-2, "learning_rate": 1e-4}
 
@@ -248,6 +250,48 @@ def test_a_long_update_is_clipped_and_named(base):
     assert _scalars(method.finish(method.init(base, 1), total, 2))[:3] == pytest.approx([1.5, 2.0, 0.5], abs=1e-8)
 
 
+@pytest.mark.parametrize("options", [{"train": "lora", "rank": 2, "learning_rate": 0.1}, {"train": "sparse"}])
+def test_parts_of_a_model_are_tuned_the_same_by_all(base, base_folder, options):
+    method = FedKSeed(**{**SMALL, **options})
+    state, workers = method.init(base, 2), {name: (ToyWorker(base_folder, 2), Replica()) for name in "ab"}
+    for number in (1, 2):
+        current = Round(method, state, number)
+        for name, (worker, replica) in workers.items():
+            current.add(Member(name), _turn(method, state, number, Member(name), worker, replica), 10)
+        state = current.close()
+        assert current.notes() == {}
+    late = ToyWorker(base_folder, 2), Replica()
+    for name, (worker, replica) in {**workers, "late": late}.items():
+        _turn(method, state, 3, Member(name), worker, replica)
+    (a, _), (b, _), fresh = workers["a"], workers["b"], ToyWorker(base_folder, 2)
+    assert digest(a.tuned) == digest(b.tuned) == digest(late[0].tuned)
+    if method.train == "lora":
+        assert sorted(a.tuned)[:2] == [f"model.layers.0.self_attn.q_proj/{side}" for side in "AB"]
+        assert a.tuned["model.layers.0.self_attn.q_proj/B"].any()
+        assert digest(a.weights) == digest(fresh.weights)
+    else:
+        for name, before in fresh.weights.items():
+            changed = (a.weights[name] != before).ravel()
+            smallest = np.argsort(np.abs(before).ravel(), kind="stable")[: int(0.25 * before.size)]
+            assert set(np.flatnonzero(changed)) <= set(smallest.tolist())
+            assert changed.sum() > 0.8 * len(smallest)
+
+
+def test_clients_with_an_adapter_of_their_own_are_refused():
+    method = FedKSeed(train="lora", rank=4)
+    assert method.admit(Member("a", 4, 8.0)) == Member("a", 4, 8.0)
+    for member in (Member("a", 2), Member("a", 0, 3.0)):
+        with pytest.raises(ProtocolError, match="rank 4"):
+            method.admit(member)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_other_optimisers_are_refused_with_the_reason(name):
+    with pytest.raises(ConfigError, match=r"method\.optimizer: .*sgd, sign or conservative") as refusal:
+        parse({"method": {"name": "fedkseed", "optimizer": name}})
+    assert REFUSED[name][:40] in str(refusal.value)
+
+
 def test_settings_that_make_no_sense_are_refused(base):
     with pytest.raises(ValidationError):
         FedKSeed(optimizer="adam")
@@ -277,7 +321,8 @@ def test_plan_of_a_job_is_the_methods(base, base_folder):
     class Job:
         memory, seed = {"pool": np.array([3]), "model": np.zeros(32, np.uint8)}, 7
 
-        def zo_steps(self, pool, seeds, plan):
+        def zo_steps(self, part, pool, seeds, plan):
+            assert part == Part()
             seen.append((pool, seeds, plan))
             return np.full(len(seeds), np.nan, np.float32)
 

@@ -1,6 +1,7 @@
 """FedKSeed on a torch model: the same bits however it is computed, and weights that come back."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,16 +10,23 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from fedtune.config.schema import TrainingConfig  # noqa: E402  # after the check for torch
-from fedtune.directions import Pool, portable, reference  # noqa: E402
+from fedtune.directions import TILE, Pool, layout, portable, reference  # noqa: E402
 from fedtune.errors import ModelError, TrainingError  # noqa: E402
 from fedtune.kspace import unpacked  # noqa: E402
+from fedtune.lora import LoraSpec  # noqa: E402
 from fedtune.method import BaseModel, Member, ZeroOrder  # noqa: E402
 from fedtune.methods.fedkseed import FILE, FedKSeed  # noqa: E402
 from fedtune.tensors import Manifest  # noqa: E402
-from fedtune.training import zo  # noqa: E402
+from fedtune.training import seeded as built  # noqa: E402
+from fedtune.training import streaming, zo  # noqa: E402
 from fedtune.training.adapt import Bench  # noqa: E402
 from fedtune.training.encoding import Encoded  # noqa: E402
+from fedtune.training.lora import injected  # noqa: E402
+from fedtune.training.merging import MergedBase  # noqa: E402
+from fedtune.training.packing import collate  # noqa: E402
 from fedtune.training.scoring import Scorer  # noqa: E402
+from fedtune.training.seeded import SeedAdapter, SeedModel  # noqa: E402
+from fedtune.zo import train  # noqa: E402
 
 POOL = Pool("hadamard", 3, 256)
 
@@ -37,6 +45,21 @@ def _hash(model):
     for _, weight in sorted(model.named_parameters()):
         sha.update(weight.detach().contiguous().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def _gpt2(dtype=torch.float32):
+    torch.manual_seed(2)
+    config = transformers.GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    return transformers.GPT2LMHeadModel(config).to(dtype).eval().requires_grad_(False)
+
+
+def _untied():
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
 def _bench(model, **settings):
@@ -60,12 +83,13 @@ def test_the_rebuilt_model_is_the_same_by_every_backend_and_number_of_threads(mo
         model = _model(dtype)
         torch.set_num_threads(2 if name == "two threads" else 1)
         if name == "reference" or name == "portable":
-            monkeypatch.setattr(zo, "backend", lambda _, module=reference if name == "reference" else portable: module)
+            module = reference if name == "reference" else portable
+            monkeypatch.setattr(built, "backend", lambda _, module=module: module)
         if name == "portable":
-            monkeypatch.setattr(zo, "flat", lambda tensor: tensor.view(-1))
-            monkeypatch.setattr(zo.SeedModel, "digest", lambda self: b"")
+            monkeypatch.setattr(built, "flat", lambda tensor: tensor.view(-1))
+            monkeypatch.setattr(SeedModel, "digest", lambda self: b"")
         try:
-            zo.SeedModel(model).replay(pool, _coefficients(pool), 30)
+            SeedModel(model).replay(pool, _coefficients(pool), 30)
         finally:
             torch.set_num_threads(before)
             monkeypatch.undo()
@@ -76,7 +100,7 @@ def test_the_rebuilt_model_is_the_same_by_every_backend_and_number_of_threads(mo
 
 def test_tied_weights_count_once_and_stay_tied():
     model = _model()
-    zo.SeedModel(model).replay(POOL, _coefficients(POOL), 20)
+    SeedModel(model).replay(POOL, _coefficients(POOL), 20)
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
 
@@ -84,7 +108,7 @@ def test_tied_weights_count_once_and_stay_tied():
 def test_training_leaves_the_model_as_it_was_and_reset_gives_the_base(dtype):
     model = _model(dtype)
     base, seeds = _hash(model), np.arange(6, dtype=np.int32)
-    held = zo.SeedModel(model)
+    held = SeedModel(model)
     digest = held.replay(POOL, _coefficients(POOL), 30)
     rebuilt = _hash(model)
     scalars, metrics = zo.fit_seeds(_bench(model), held, POOL, seeds, ZeroOrder(6, 1, 1e-2, 1e-3), 0)
@@ -98,7 +122,7 @@ def test_training_leaves_the_model_as_it_was_and_reset_gives_the_base(dtype):
 
 def test_the_scalar_is_the_gradient_along_the_direction():
     model = _model(torch.float64)
-    held, bench = zo.SeedModel(model), _bench(model)
+    held, bench = SeedModel(model), _bench(model)
     scalars, _ = zo.fit_seeds(bench, held, POOL, np.array([9], np.int32), ZeroOrder(1, 1, 1e-3, 0.0), 4)
     model.requires_grad_(True)
     part = next(iter(bench.plan().batches(4)[1]))[0]
@@ -114,7 +138,7 @@ def test_steps_lower_the_loss():
     model = _model()
     seeds = np.random.default_rng(0).integers(0, 256, 150).astype(np.int32)
     bench = _bench(model, epochs=1)
-    _, metrics = zo.fit_seeds(bench, zo.SeedModel(model), POOL, seeds, ZeroOrder(150, 1, 1e-3, 3e-4), 0)
+    _, metrics = zo.fit_seeds(bench, SeedModel(model), POOL, seeds, ZeroOrder(150, 1, 1e-3, 3e-4), 0)
     assert metrics["loss_last"] < metrics["loss_first"] - 0.05
 
 
@@ -122,15 +146,15 @@ def test_a_loss_that_is_never_finite_is_an_error():
     model = _model()
     model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="finite loss"):
-        zo.fit_seeds(_bench(model), zo.SeedModel(model), POOL, np.zeros(2, np.int32), ZeroOrder(2, 1, 1e-3, 1e-4), 0)
+        zo.fit_seeds(_bench(model), SeedModel(model), POOL, np.zeros(2, np.int32), ZeroOrder(2, 1, 1e-3, 1e-4), 0)
 
 
 def test_the_first_steps_agree_with_steps_by_hand():
     """One step's change, seen by the losses of the next: kernels and loop against plain numpy arithmetic."""
     model = _model()
     bench, plan = _bench(model), ZeroOrder(2, 1, 1e-2, 1e-2)
-    scalars, metrics = zo.fit_seeds(bench, zo.SeedModel(model), POOL, np.array([1, 2], np.int32), plan, 4)
-    held = zo.SeedModel(model)
+    scalars, metrics = zo.fit_seeds(bench, SeedModel(model), POOL, np.array([1, 2], np.int32), plan, 4)
+    held = SeedModel(model)
     batches = list(bench.plan().batches(4)[1])
 
     def loss(moves, part):
@@ -157,11 +181,137 @@ def test_an_exported_run_is_rebuilt_and_a_damaged_one_is_named(tmp_path):
     update = {"seeds": seeds, "scalars": np.ones(200, np.float32), "model": np.zeros(32, np.uint8)}
     state = method.finish(init, method.fold(None, update, Member("a"), 5), 5)
     method.export(state, tmp_path, "toy")
-    held = zo.SeedModel(model)
-    held.load(tmp_path)
+    held = zo.rebuilt(model, tmp_path)
     got = _hash(model)
     held.replay(POOL, unpacked(state["coefficients"]), int(state["exponent"][0]))
     assert got == _hash(model) != _hash(_model())
     (tmp_path / FILE).write_bytes(b"no")
     with pytest.raises(ModelError, match="FedKSeed"):
-        held.load(tmp_path)
+        zo.rebuilt(model, tmp_path)
+
+
+@pytest.mark.parametrize("looks", ["together", "apart"])
+@pytest.mark.parametrize("make", [_model, _gpt2, _untied, lambda: _model(torch.bfloat16)])
+@pytest.mark.parametrize(("kind", "density"), [("hadamard", None), ("gaussian", None), ("rademacher", 0.3)])
+def test_weights_made_by_layers_give_the_losses_and_moves_of_weights_made_beforehand(
+    monkeypatch, make, looks, kind, density
+):
+    """The same walk three ways; chunks of one tile, so that a matrix is made in pieces."""
+    monkeypatch.setattr(streaming, "CHUNK", TILE)
+    pool, plan = Pool(kind, 3, 256), ZeroOrder(5, 2, 1e-2, 1e-2, "conservative")
+    ends, seeds = [], np.arange(10, dtype=np.int32)
+    for way in (looks, "whole"):
+        model = make()
+        held = SeedModel(model, density)
+        bench = replace(_bench(model), scorer=Scorer(model, packs=True))  # places are told: see the next test
+        batches = list(bench.plan().batches(1)[1])[:5] * 5
+        with torch.inference_mode(), held.walk(pool) as lines:
+            with zo.walking(model, lines, way, zo._losses(bench, batches)) as walk:
+                done = train(walk, seeds, plan)
+            ends.append((done, [line.weights.copy() for line in lines.values()]))
+    (done, weights), (want, expected) = ends
+    loose = make().dtype == torch.bfloat16
+    assert done.losses == pytest.approx(want.losses, rel=2e-2 if loose else 1e-5)
+    assert done.scalars == pytest.approx(want.scalars, rel=0.2 if loose else 2e-2, abs=0.5 if loose else 2e-3)
+    moved = max(np.abs(a - b.float().numpy().ravel()).max() for a, b in zip(expected, _bases(make), strict=True))
+    apart = max(np.abs(a - b).max() for a, b in zip(weights, expected, strict=True))
+    assert apart < (0.5 if loose else 0.02) * moved
+
+
+def _bases(make):
+    return [weight for _, weight in sorted(make().named_parameters())]
+
+
+@pytest.mark.parametrize(("make", "want"), [(_model, "together"), (_gpt2, "apart"), (_untied, "together")])
+def test_how_a_model_may_be_looked_at_is_found_out(make, want):
+    """GPT-2 numbers its places once for the whole batch, unless it is told them: then it has no halves."""
+    model = make()
+    with torch.inference_mode(), SeedModel(model).walk(POOL) as lines:
+        assert zo.how(Scorer(model), lines) == want
+        assert zo.how(Scorer(model, packs=True), lines) == "together"
+
+
+def test_a_module_that_reads_the_weights_of_another_is_looked_at_as_a_whole():
+    model = _model()
+    head = model.lm_head
+
+    class Borrowing(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.linear(x, head.weight)
+
+    model.lm_head = Borrowing()
+    bench, seeds = _bench(model), np.arange(3, dtype=np.int32)
+    with torch.inference_mode(), SeedModel(model).walk(POOL) as lines:
+        assert zo.how(bench.scorer, lines) == "whole"
+    got, _ = zo.fit_seeds(bench, SeedModel(model), POOL, seeds, ZeroOrder(3, 1, 1e-2, 1e-3), 0)
+    want, _ = zo.fit_seeds(_bench(_model()), SeedModel(_model()), POOL, seeds, ZeroOrder(3, 1, 1e-2, 1e-3), 0)
+    assert got.shape == want.shape
+
+
+def test_a_module_that_mixes_the_batch_is_looked_at_one_look_at_a_time():
+    model = _model()
+    plain = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = lambda x: plain(x.flip(0)).flip(0)
+    with torch.inference_mode(), SeedModel(model).walk(POOL) as lines:
+        assert zo.how(Scorer(model), lines) == "apart"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_smallest_weights_of_the_base_move(dtype):
+    model, base = _model(dtype), _model(dtype)
+    held = SeedModel(model, 0.25)
+    held.replay(POOL, _coefficients(POOL), 30)
+    scalars, _ = zo.fit_seeds(_bench(model), held, POOL, np.arange(4, dtype=np.int32), ZeroOrder(4, 1, 1e-2, 1e-3), 0)
+    assert np.isfinite(scalars).all()
+    pairs = zip(sorted(model.named_parameters()), sorted(base.named_parameters()), strict=True)
+    for (name, now), (_, before) in pairs:
+        changed, sizes = (now != before).ravel(), before.float().abs().ravel()
+        smallest = torch.zeros_like(changed)
+        smallest[torch.sort(sizes, stable=True).indices[: int(0.25 * len(sizes))]] = True
+        assert not (changed & ~smallest).any(), name
+        assert changed.sum() > 0.9 * smallest.sum() or len(sizes) < 100
+
+
+def test_an_adapter_moves_alone_and_both_looks_share_the_base():
+    model = _model()
+    spec = LoraSpec(("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"), 4, 8.0)
+    before, held = _hash(model), SeedAdapter(model, spec, 5)
+    start = held.digest()
+    assert held.replay(POOL, np.zeros(256, np.int32), 30) == start
+    moved = held.replay(POOL, _coefficients(POOL), 24)
+    assert moved != start
+    bench, factors = _bench(model), held.factors()
+    with torch.inference_mode(), held.walk(POOL) as lines:
+        assert len(lines) == 4
+        assert zo.how(bench.scorer, lines) == "together"
+    scalars, _ = zo.fit_seeds(bench, held, POOL, np.array([9], np.int32), ZeroOrder(1, 1, 1e-2, 1e-3), 4)
+    with injected(model, spec, factors) as adapter:
+        bench.scorer(next(iter(bench.plan().batches(4)[1]))[0]).mean().backward()
+        first = layout({name: weight.numel() for name, weight in adapter.weights.items()})
+        slope = sum(
+            float(w.grad.numpy().ravel() @ reference.direction(POOL, 9, first[name], w.numel()))
+            for name, w in adapter.weights.items()
+        )
+    assert scalars[0] == pytest.approx(slope, abs=2e-4)
+    assert abs(slope) > 1e-3
+    assert (held.digest(), _hash(model)) == (moved, before)
+    # What PEFT computes with the factors is the base with B A added.
+    ids = torch.arange(10)[None]
+    with injected(model, spec, held.factors()), torch.no_grad():
+        want = model(ids).logits
+    merged = MergedBase(model)
+    merged.merge(held.scaled())
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, want, atol=1e-5)
+    merged.reset()
+    assert _hash(model) == before
+
+
+def test_tokens_are_the_same_in_a_batch_laid_out_twice():
+    model = _model()
+    scorer = Scorer(model, short_head=True, packs=True)
+    rows = [Encoded.plain(list(range(n, n + 5 + n)), [True] * (5 + n)) for n in range(4)]
+    batch = collate(rows, [[0, 1], [2, 3]])
+    with torch.no_grad():
+        assert torch.allclose(scorer(batch.repeated(3)).view(3, -1), scorer(batch).expand(3, -1), rtol=1e-5)
+    assert batch.repeated(3).rows.tolist() == batch.rows.tolist() * 3
