@@ -9,9 +9,9 @@ from fedtune.base import open_base
 from fedtune.config import Config, Shared, parse
 from fedtune.config.members import member_config, member_ids
 from fedtune.errors import DataError, ModelError, ProtocolError
-from fedtune.history import joined
+from fedtune.history import joined, of_round
 from fedtune.locate import locate_model
-from fedtune.lora import LoraSpec, key_a, load_peft
+from fedtune.lora import LoraSpec, key_a, layers_of, load_peft
 from fedtune.method import Member
 from fedtune.simulation import Result, simulate
 from fedtune.tensors import digest
@@ -79,6 +79,32 @@ def test_one_client_and_one_round_are_bit_equal_to_centralised_training(config, 
     central, federated = (load_peft(tmp_path / name) for name in ("central", "federated"))
     assert digest(central) == digest(federated)
     assert np.abs(central[key_a("model.layers.0.mlp.down_proj")]).max() > 0
+
+
+def test_one_client_for_several_rounds_is_merge_and_restart(config):
+    """FLoRA with one client is ReLoRA's schedule: train, merge, begin anew; bit for bit."""
+    config = replace(config, simulation=replace(config.simulation, clients=1, ranks=(4,)))
+    result = _federate(config, 3)
+    worker, method = TorchWorker.open(member_config(config, 0, "127.0.0.1:1"), Shared.of(config), 0), config.method
+    member = method.admit(Member("client-00", 4))
+    layers = tuple(layers_of(method.template(result.state, member).names))
+    for number in (1, 2, 3):
+        job = worker.job(method, member, number)
+        factors = dict(job.train_fresh(LoraSpec(layers, 4, member.alpha)))
+        factors |= {n: a * np.float32(2) for n, a in factors.items() if n.endswith("/A")}
+        job.merge(factors)
+        assert digest(of_round(result.state, number)) == digest(factors)
+
+
+@pytest.mark.parametrize("options", [{"start": "warm"}, {"start": "warm", "rank_budget": 6, "energy": 0.9}])
+def test_a_warm_start_learns_on_from_what_all_have_learnt(config, options):
+    method = parse({"method": {"rank": 4, **options}}).method
+    config = replace(config, method=method, training=replace(config.training, steps=8))
+    result, evaluator = _federate(config, 5), Evaluator.open(config)
+    losses = [evaluator.base()["loss"], *(evaluator.factors(joined(r.state))["loss"] for r in result.rounds)]
+    assert losses[1] < losses[0] - 0.1
+    assert losses[5] < losses[1] - 0.1
+    assert _federate(config, 5).digest == result.digest
 
 
 def test_a_worker_that_is_reset_can_start_again(config):
