@@ -2,7 +2,8 @@
 
 Models, data and encoded rows are kept from arm to arm, so an arm costs its training and nothing else. What is written
 has the form of `fedtune simulate`'s and `fedtune train`'s reports, as far as a study reads them; `seconds` are of
-training and of the coordinator's arithmetic, without starting programs, sockets and disks.
+training and of the coordinator's arithmetic, without starting programs, sockets and disks, and bytes are of payloads
+alone, without the messages around them.
 """
 
 import json

@@ -74,6 +74,32 @@ def test_a_study_gives_a_table_and_a_plot_and_goes_on_where_it_was(tmp_path: Pat
     assert again.stdout.strip() == table.strip(), "a second run runs nothing and shows the same table"
 
 
+VARIANTS = """
+[[variant]]
+name = "equal"
+title = "equal shares"
+set = ["simulation.partition=iid"]
+[[variant]]
+name = "skew"
+title = "skewed"
+set = ["simulation.partition=label", "simulation.ranks=[4, 2]"]
+"""
+
+
+@pytest.mark.slow
+def test_arms_in_one_process_give_the_bits_of_the_programs(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(CONFIG.replace("held_out_rows", "own_held_out = 0.2\nheld_out_rows"))
+    arms = ARMS.replace("[0, 1]", '[0]\nvariants = ["skew"]').replace("each_client = true", 'variants = ["equal"]')
+    (tmp_path / "arms.toml").write_text(arms + VARIANTS)
+    programs, loop = run(tmp_path), run(tmp_path, "--one-process", "--out", str(tmp_path / "loop"))
+    assert (programs.returncode, loop.returncode) == (0, 0), loop.stderr
+    both = [json.loads((tmp_path / place / "results.json").read_text()) for place in ("out", "loop")]
+    assert {row["arm"] for row in both[0]} == {"flora-skew", "alone-equal"}
+    for one, other in zip(*both, strict=True):
+        for key in ("arm", "base", "figures", "path", "own"):  # up and down of programs count their messages, too
+            assert one[key] == other[key], (one["arm"], key)
+
+
 def test_an_unknown_arm_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(CONFIG)
     (tmp_path / "arms.toml").write_text(ARMS)
@@ -87,5 +113,7 @@ def test_every_arm_of_the_committed_studies_is_a_valid_configuration(file: Path)
     from fedtune.config import load
 
     about = tomllib.loads(file.read_text())
+    variants = about.get("variant", [{"name": "", "set": []}])
     for arm in about["arm"]:
-        load(file.parent / "config.toml", (*about.get("set", ()), *arm.get("set", ())))
+        for variant in (v for v in variants if v["name"] in arm.get("variants", [v["name"]])):
+            load(file.parent / "config.toml", (*about.get("set", ()), *variant["set"], *arm.get("set", ())))
