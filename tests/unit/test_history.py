@@ -40,3 +40,36 @@ def test_the_rank_is_that_of_the_layer_with_most():
     assert history.rank(state) == 9
     assert history.rank(_state(0, 1, 2, 3, rank=4)) == 12
     assert history.rank(_state(0)) == 0
+
+
+def test_it_begins_with_the_shapes_alone(base):
+    state = history.begun(base, ("v_proj",), "bfloat16")
+    assert history.last(state) == 0
+    assert all(history.is_past(name) and name.startswith("000000/") and not array.size for name, array in state.items())
+    factors = history.of_round(state, 0)
+    assert [array.shape for array in factors.values()] == [(0, 16), (8, 0)] * 2
+    assert {str(array.dtype) for array in factors.values()} == {"bfloat16"}
+
+
+def test_rounds_are_found_in_order_and_what_is_beside_them_is_none():
+    state = _state(12, 0, 2, 1)
+    assert history.last(state) == 12
+    assert not history.is_past("adapter/A")
+    assert not history.is_past("private/m/l/A")
+    assert history.of_round(state, 2).keys() == {"l/A", "l/B"}
+    assert history.of_round(state, 7) == {}
+    assert len(list(history.missed(state))) == 3
+    assert "adapter/A" in history.after(state, 5)
+    assert {name for name in history.after(state, 5) if history.is_past(name)} == {"000012/l/A", "000012/l/B"}
+
+
+def test_joined_rounds_have_the_sum_of_their_products():
+    rng = np.random.Generator(np.random.Philox(key=0))
+    state, want = _state(0), np.zeros((4, 3))
+    for number, rank in ((1, 2), (2, 0), (10, 3)):
+        a, b = rng.normal(size=(rank, 3)), rng.normal(size=(4, rank))
+        state |= history.numbered(number, {"l/A": a, "l/B": b})
+        want += b @ a
+    factors = history.joined(state)
+    assert factors["l/A"].shape == (5, 3)
+    assert np.allclose(factors["l/B"] @ factors["l/A"], want)
