@@ -53,7 +53,7 @@ def injected(
     before = {layer: linear(model, layer) for layer in spec.layers}
     for layer, module in before.items():
         _check_fit(layer, module, factors, spec.rank)
-    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+    untrained = [weight for weight in model.parameters() if not weight.requires_grad]
     try:
         with torch.random.fork_rng(devices=[]):  # new layers draw weights, which are replaced at once
             inject_adapter_in_model(_peft_config(spec, before), model, adapter_name=_NAME)
@@ -64,7 +64,7 @@ def injected(
             setattr(model.get_submodule(parent), child, module)
         if hasattr(model, "peft_config"):
             del model.peft_config
-        for weight in frozen:
+        for weight in untrained:
             weight.requires_grad_(False)
 
 

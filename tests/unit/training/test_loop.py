@@ -172,3 +172,13 @@ def test_a_strong_pull_stays_near_the_start(llama, tokenizer):
         for config in (replace(_CONFIG, steps=30), replace(_CONFIG, steps=30, prox_mu=100.0))
     )
     assert near < 0.5 * far
+
+
+@pytest.mark.parametrize(("frozen", "trained"), [("A", "B"), ("B", "A")])
+def test_a_frozen_side_comes_back_bit_for_bit_and_the_other_has_learned(llama, tokenizer, frozen, trained):
+    rng = np.random.Generator(np.random.Philox(key=1))
+    drawn = fresh_factors(llama, _SPEC, 3)
+    start = {name: rng.normal(0, 0.1, array.shape).astype(np.float32) for name, array in drawn.items()}
+    after, _ = fit_adapter(_bench(llama, tokenizer, replace(_CONFIG, weight_decay=0.1)), _SPEC, start, 3, (frozen,))
+    assert all(np.array_equal(after[name], start[name]) == name.endswith(f"/{frozen}") for name in start)
+    assert all(np.any(after[name] != start[name]) for name in start if name.endswith(f"/{trained}"))

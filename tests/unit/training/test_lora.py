@@ -82,6 +82,18 @@ def test_factors_come_out_as_they_went_in_and_only_they_train(case):
     assert all(np.array_equal(out[name], factors[name]) for name in factors)
 
 
+@pytest.mark.parametrize("frozen", ["A", "B"])
+def test_a_frozen_side_requires_no_gradient_and_the_other_does(case, frozen):
+    model, layers = case
+    spec = LoraSpec(layers, 4, 8)
+    with injected(model, spec, _factors(model, spec), (frozen,)) as adapter:
+        trainable = {id(weight) for weight in model.parameters() if weight.requires_grad}
+        other = {id(weight) for name, weight in adapter.weights.items() if not name.endswith(frozen)}
+        assert trainable == other == {id(weight) for weight in adapter.trained()}
+        assert len(other) == len(layers)
+    assert not any(weight.requires_grad for weight in model.parameters())
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_merging_equals_the_adapter(case, rslora):
     model, layers = case
