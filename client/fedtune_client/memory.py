@@ -20,7 +20,8 @@ NAME = "memory.safetensors"
 
 def to_bytes(memory: Tensors, run_id: str) -> bytes:
     """Writes the memory of one run."""
-    return save(dict(memory), metadata={"run_id": run_id})
+    data: bytes = save(dict(memory), metadata={"run_id": run_id})
+    return data
 
 
 def read(file: Path, run_id: str) -> dict[str, Array]:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import grpc
@@ -138,7 +139,7 @@ class Turns:
     def _settle(self, task: pb.Task) -> None:
         """Finds out what became of earlier updates whose answer was lost: an accepted one has changed the memory."""
         for update in self._outbox.unsettled(self._terms.run_id, task.round):
-            if self._persist(lambda update=update: self._was_taken(update)):
+            if self._persist(partial(self._was_taken, update)):
                 self._outbox.accepted(update)
                 self._log.event("update_settled", round=update.key.round)
 

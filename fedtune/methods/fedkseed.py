@@ -216,6 +216,6 @@ class FedKSeed(Method):
 
     def _public(self, scalars: Longs, now: Longs, exponent: int) -> dict[str, Array]:
         """What clients need: -lr A in 24 bits, in a unit not finer than before, and Pro's levels."""
-        bits, exponent = packed(scalars * (-self.learning_rate * UNIT), exponent)
+        bits, exponent = packed(scalars.astype(np.float64) * (-self.learning_rate * UNIT), exponent)
         public: dict[str, Array] = {"coefficients": bits, "exponent": np.array([exponent], np.int32)}
         return {**public, "levels": now.astype(np.uint8)} if self.pro else public

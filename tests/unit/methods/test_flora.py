@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from fedtune import history
 from fedtune.errors import ProtocolError, WireError
 from fedtune.lora import key_a, key_b, layers_of, load_peft
 from fedtune.method import BaseModel, Member
 from fedtune.methods import FLoRA
-from fedtune import history
 from fedtune.rounds import Replica, Round, work
 from fedtune.tensors import DTYPES, Manifest, TensorSpec, digest
 from fedtune.testing import ToyWorker
