@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from fedtune.training.partition import split
 from fedtune.training.rows import Row, data_files, is_saved_dataset, read_dataset, read_file, read_saved
 
 _ROLES = ("system", "user", "assistant", "tool")
+
+R = TypeVar("R")
 
 
 def client_rows(config: Config, index: int | None = None) -> list[Row]:
@@ -42,7 +44,7 @@ def client_rows(config: Config, index: int | None = None) -> list[Row]:
     return parts[index]
 
 
-def own_split(rows: Sequence[Row], config: Config) -> tuple[list[Row], list[Row]]:
+def own_split(rows: Sequence[R], config: Config) -> tuple[list[R], list[R]]:
     """Splits one client's rows into those it trains on and those it measures its own model on."""
     count = round(len(rows) * config.data.own_held_out)
     if config.data.own_held_out and not 0 < count < len(rows):

@@ -13,6 +13,7 @@ from fedtune.history import joined, of_round
 from fedtune.locate import locate_model
 from fedtune.lora import LoraSpec, key_a, layers_of, load_peft
 from fedtune.method import Member
+from fedtune.methods import METHODS
 from fedtune.simulation import Result, simulate
 from fedtune.tensors import digest
 from fedtune.training.centralised import train_centralised
@@ -175,3 +176,18 @@ def test_too_few_rows_to_hold_out_some_are_refused(config):
     config = replace(config, data=replace(config.data, own_held_out=0.01))
     with pytest.raises(DataError, match=r"data\.own_held_out"):
         TorchWorker.open(config, Shared.of(config), 0)
+
+
+@pytest.mark.parametrize("name", ["ffa-lora", "rolora"])
+def test_a_method_that_freezes_a_factor_trains_the_other_alone(config, name):
+    method = METHODS[name](rank=4)
+    worker = TorchWorker.open(config, Shared.of(config), 0)
+    member, state = method.admit(Member("a")), method.init(open_base(locate_model(config.model.name)), 1)
+    job = worker.job(method, member, 1)
+    method.install(job, method.broadcast(state, -1))
+    trained, fitted = {}, worker.fit
+    worker.fit = lambda *given: trained.update(fitted(*given)) or trained
+    update = method.client_update(job, method.template(state, member))
+    assert all(n.endswith("/B") and np.any(update[n]) for n in update)
+    assert all(np.array_equal(trained[n], state[n]) for n in trained if n.endswith("/A"))
+    assert len(trained) == 2 * len(update)
