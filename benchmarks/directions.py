@@ -11,6 +11,7 @@ Times are process CPU time in nanoseconds a weight, the least of several turns; 
 import copy
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -130,19 +131,21 @@ def steps(quick: bool, repeats: int) -> list[Row]:
         def compute(step: int, copies: int, loss: Loss = loss) -> list[float]:
             return loss(mine, copies=copies)
 
-        with torch.inference_mode(), SeedModel(mine).walk(pool) as lines:
-            with walking(mine, lines, "together", compute) as walk:
-                turn = [0]
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            lines = stack.enter_context(SeedModel(mine).walk(pool))
+            walk = stack.enter_context(walking(mine, lines, "together", compute))
+            turn = [0]
 
-                def ours(walk: Walk = walk, turn: list[int] = turn) -> None:
-                    walk.move(turn[0], -1e-9)
-                    turn[0] += 1
-                    walk.losses(turn[0], (1e-3, -1e-3), 0)
+            def ours(walk: Walk = walk, turn: list[int] = turn) -> None:
+                walk.move(turn[0], -1e-9)
+                turn[0] += 1
+                walk.losses(turn[0], (1e-3, -1e-3), 0)
 
-                variants = {"ours": ours, "authors": theirs, "forwards": lambda loss=loss: (loss(), loss())}
-                for warm in variants.values():
-                    warm()
-                best = interleave(variants, repeats)
+            variants = {"ours": ours, "authors": theirs, "forwards": lambda loss=loss: (loss(), loss())}
+            for warm in variants.values():
+                warm()
+            best = interleave(variants, repeats)
         share = 100 * (1 - best["forwards"] / best["ours"])
         note = f"hadamard; perturbation {share:.0f} % of ours, limit: two forward passes"
         row = best["ours"] * 1e3, "ms", best["authors"] * 1e3, best["forwards"] * 1e3

@@ -31,6 +31,8 @@ def export(
 ) -> None:
     """Copy an adapter out of a run, or merge it into its base model.
 
+    A FedKSeed run is rebuilt: a full model, or its adapter if it tuned one.
+
     Examples:
 
     * `fedtune export runs/demo adapter`
@@ -47,7 +49,9 @@ def export(
             if own:
                 whole, adapter = adapter, Path(place)
                 own_adapter(whole, own / MEMORY, adapter)
-            if merge:
+            if is_seeds(adapter):
+                _rebuild(adapter, target, base, dtype, merge)
+            elif merge:
                 _merge(adapter, target, base, dtype)
             else:
                 _copy(adapter, target, base)
@@ -81,9 +85,14 @@ def find_adapter(source: Path, number: int = 0) -> Path:
 
 
 def _is_result(folder: Path) -> bool:
+    return (folder / _ADAPTER[0]).exists() or is_seeds(folder)
+
+
+def is_seeds(folder: Path) -> bool:
+    """Whether a folder holds the coefficients of a FedKSeed run."""
     from fedtune.methods.fedkseed import FILE
 
-    return (folder / _ADAPTER[0]).exists() or (folder / FILE).exists()
+    return (folder / FILE).exists()
 
 
 def _copy(adapter: Path, target: Path, base: str) -> None:
@@ -108,5 +117,30 @@ def _merge(adapter: Path, target: Path, base: str, dtype: str) -> None:
         raise ModelError(problem(str(adapter), "the name of its base model", "none", "Give it with --base"))
     model, tokenizer = load_model(resolve_model(name), dtype, choose_device("cpu"))
     MergedBase(model).merge(factors)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _rebuild(result: Path, target: Path, base: str, dtype: str, merge: bool) -> None:
+    """Rebuilds what a FedKSeed run tuned and saves it: a PEFT adapter, or a model with its tokenizer."""
+    need_training()
+    from safetensors import safe_open
+
+    from fedtune.lora import save_peft
+    from fedtune.methods.fedkseed import FILE
+    from fedtune.training.merging import MergedBase
+    from fedtune.training.models import choose_device, load_model, resolve_model
+    from fedtune.training.seeded import SeedAdapter
+    from fedtune.training.zo import rebuilt
+
+    with safe_open(result / FILE, framework="numpy") as file:
+        name = base or str((file.metadata() or {}).get("base", ""))
+    model, tokenizer = load_model(resolve_model(name), dtype, choose_device("cpu"))
+    held = rebuilt(model, result)
+    if isinstance(held, SeedAdapter) and not merge:
+        save_peft(target, held.factors(), rank=held.spec.rank, alpha=held.spec.alpha, base_model=name)
+        return
+    if isinstance(held, SeedAdapter):
+        MergedBase(model).merge(held.scaled())
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

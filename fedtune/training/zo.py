@@ -33,6 +33,7 @@ Lines: TypeAlias = Mapping[nn.Parameter, Line]
 Looks: TypeAlias = Literal["together", "apart", "whole"]
 TOGETHER = 1024
 """Tokens a batch up to which two looks share a forward pass; larger ones gain nothing from it, and it takes room."""
+_MISFITS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError)
 _FAR = (1e-2, -1e-2)  # far enough for a loss to show
 
 
@@ -113,12 +114,12 @@ def how(scorer: Scorer, lines: Lines) -> Looks:
     try:
         with walking(scorer.model, lines, "apart", compute) as walk:
             walk.losses(0, _FAR, 0)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+    except _MISFITS:
         return "whole"
     try:
         with walking(scorer.model, lines, "together", compute) as walk:
             walk.losses(0, _FAR, 0)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+    except _MISFITS:
         return "apart"
     limit = TOLERANCE.get(scorer.model.dtype, 0.05)
     return "together" if torch.allclose(torch.cat(seen[:-1]), seen[-1], rtol=limit, atol=limit) else "apart"

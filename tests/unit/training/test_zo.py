@@ -56,7 +56,7 @@ def _gpt2(dtype=torch.float32):
 def _untied():
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=False,
+        num_key_value_heads=1, tie_word_embeddings=False, pad_token_id=63,
     )  # fmt: skip
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
