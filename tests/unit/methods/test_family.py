@@ -1,10 +1,13 @@
 """What every LoRA method promises."""
 
+from dataclasses import fields
 from itertools import permutations
 
+import numpy as np
 import pytest
 
 from fedtune.errors import ProtocolError, WireError
+from fedtune.history import is_past
 from fedtune.lora import key_a, load_peft
 from fedtune.method import Member
 from fedtune.methods import METHODS
@@ -77,6 +80,20 @@ def test_what_travels_is_what_the_template_says_and_nothing_else(method, base, b
     update = method.client_update(worker.job(method, member, 1), task.update)
     assert list(update) == task.update.names
     assert sum(a.nbytes for a in update.values()) == task.update.nbytes > 0
+
+
+def test_a_compressed_uplink_is_near_the_plain_one(method, base, base_folder, family):
+    if method.name == "flora" or "uplink" not in {field.name for field in fields(method)}:
+        pytest.skip("has no adapter in its state, or sends it as it is")
+    members = [Member("a"), Member("b")]
+    plain, packed = (
+        family.play(type(method)(rank=3, uplink=uplink), base, base_folder, members, 1)[0][1]
+        for uplink in ("raw", "int8")
+    )
+    shared = {n for n in plain if n in packed and not is_past(n) and plain[n].size and plain[n].dtype.kind == "f"}
+    assert shared
+    assert all(np.abs(plain[n] - packed[n]).max() < 0.01 for n in shared)
+    assert any(np.any(plain[n] != packed[n]) for n in shared)
 
 
 def test_values_of_a_diverged_client_are_refused_and_change_nothing(method, base, family):
