@@ -1,0 +1,99 @@
+"""Memory of a client that tunes SmolLM2-135M with FedKSeed, beside inference and beside LoRA training.
+
+Each is a process of its own on one thread: it opens a worker on rows of 64 tokens, works, and says how much memory of
+its own it held at most (`anon`: what is neither mapped from a file nor shared, sampled every 10 ms), in MiB. Weights
+mapped from the base's file are counted apart (`file`): every process on a machine shares them, and the system takes
+them back when it must.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from _table import Row, options, report
+
+WAYS = ("inference", "fedkseed", "fedkseed-lora", "lora")
+
+
+def sampled(done: threading.Event, most: dict[str, int]) -> None:
+    """Keeps the largest RssAnon and RssFile of this process, in KiB."""
+    while not done.wait(0.01):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in ("RssAnon", "RssFile"):
+                most[name] = max(most.get(name, 0), int(value.split()[0]))
+
+
+def work(way: str, model: str) -> dict[str, int]:
+    """Works one way and returns what it took."""
+    import torch
+
+    from fedtune.config import Shared, parse
+    from fedtune.method import Member
+    from fedtune.methods import FedAvgLoRA, FedKSeed
+    from fedtune.rounds import Replica, Round
+    from fedtune.rounds import work as turn
+    from fedtune.training.worker import TorchWorker
+
+    with tempfile.TemporaryDirectory() as place:
+        rows = Path(place) / "rows.csv"
+        rows.write_text("text\n" + "".join(f"{n} " + "some words that fill a row " * 12 + "\n" for n in range(20)))
+        config = parse({
+            "model": {"name": model}, "data": {"name": str(rows), "text": "text"},
+            "training": {"batch_size": 1, "max_length": 64, "steps": 4, "packing": False},
+        })  # fmt: skip
+        shared = Shared.of(config)
+        worker = TorchWorker.open(config, shared)
+    method: FedKSeed | FedAvgLoRA = FedAvgLoRA(rank=16)
+    if way.startswith("fedkseed"):
+        method = FedKSeed(steps=4, learning_rate=1e-6, train="lora" if way == "fedkseed-lora" else "all")
+    from fedtune.base import open_base
+    from fedtune.training.models import resolve_model
+
+    state = method.init(open_base(resolve_model(model)), 1)
+    task, member = Round(method, state, 1).task(method.admit(Member("a"))), method.admit(Member("a"))
+    most: dict[str, int] = {}
+    done = threading.Event()
+    watch = threading.Thread(target=sampled, args=(done, most))
+    watch.start()
+    if way == "inference":
+        with torch.inference_mode():
+            for _ in range(4):
+                worker.base.model(input_ids=torch.arange(64)[None])
+    else:
+        b"".join(turn(method, task, worker.job(method, member, 1), Replica()))
+    done.set()
+    watch.join()
+    return most
+
+
+def main() -> None:
+    if len(sys.argv) > 2 and sys.argv[1] == "--work":
+        print(json.dumps(work(sys.argv[2], sys.argv[3])))
+        return
+    arguments = options(__doc__)
+    model = "tiny" if arguments.quick else "smollm2-135m"
+    held = {}
+    for way in WAYS:
+        said = subprocess.run(
+            [sys.executable, __file__, "--work", way, model], check=True, capture_output=True, text=True
+        )
+        held[way] = json.loads(said.stdout.splitlines()[-1])
+    rows = [
+        Row(
+            way, most["RssAnon"] / 1024, "MiB", held["lora"]["RssAnon"] / 1024, held["inference"]["RssAnon"] / 1024,
+            f"file: {most['RssFile'] / 1024:.0f} MiB; peer: LoRA training, limit: inference",
+        )
+        for way, most in held.items()
+    ]  # fmt: skip
+    report(f"Memory of a client, {model}, one sequence of 64 tokens", rows, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
