@@ -155,14 +155,14 @@ class _Layer:
         table = self.room.take("table", self.weights["weight"], looks, len(used) * width)
         _look_up(line, used, width, self.walk.k, self.walk.scales, array(table).reshape(looks, len(used), width))
         places_of = self._apart(torch.from_numpy(places.reshape(ids.shape)))
-        padding, self.module.padding_idx = (
-            self.module.padding_idx,
-            None,
-        )  # a row of the whole table; of use to gradients
+        module = (
+            self.module.__dict__
+        )  # plain attributes; the padding row is one of the whole table, and for gradients only
+        padding, module["padding_idx"] = module["padding_idx"], None
         try:
             return self._each(places_of, {"weight": table.view(looks, len(used), width)})
         finally:
-            self.module.padding_idx = padding
+            module["padding_idx"] = padding
 
     def whole(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Makes all weights of the module and runs it once a look."""
