@@ -10,7 +10,6 @@ Times are process CPU time in nanoseconds a weight, the least of several turns; 
 
 import copy
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
@@ -19,16 +18,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from _table import Row, interleave, options, report
-from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.directions import TILE, Pool, cpu, portable
+from fedtune.training.encoding import Encoded
+from fedtune.training.packing import collate
+from fedtune.training.scoring import Scorer
 from fedtune.training.seeded import SeedModel
 from fedtune.training.zo import walking
-from fedtune.zo import Walk
 
-K, FEW = 4096, 4
-Loss = Callable[..., list[float]]
+K, FEW, ANSWER = 4096, 4, 4
 
 
 def authors(weights: list[torch.Tensor], seeds: range, scale: float) -> None:
@@ -107,50 +106,52 @@ def model_of(quick: bool) -> LlamaForCausalLM:
 
 
 def steps(quick: bool, repeats: int) -> list[Row]:
-    """Whole steps: two forward passes and what is around them. Layers make their weights as in a run."""
-    model, rows = model_of(quick), []
-    size = sum(weight.numel() for weight in model.parameters()) / 1e6
-    mine, pool = copy.deepcopy(model), Pool("hadamard", 1, K)
-    weights = list(model.parameters())
-    for tokens in (64,) if quick else (64, 256):
-        ids = torch.randint(0, 49152, (1, tokens))
+    """Whole steps on one row of T tokens whose last ANSWER are learned: two losses, and the walks around them.
 
-        def loss(model: LlamaForCausalLM = model, ids: torch.Tensor = ids, copies: int = 1) -> list[float]:
-            with torch.inference_mode():
-                logits = model(input_ids=ids.repeat(copies, 1)).logits
-                return [float(functional.cross_entropy(one[:-1], ids[0, 1:])) for one in logits]
+    Each side takes its losses as it does in training: the authors from the model's own `loss`, which puts the output
+    head on every token; ours where something is learned.
+    """
+    model = model_of(quick)
+    return [_step(model, tokens, repeats) for tokens in ((64,) if quick else (64, 256))]
 
-        def theirs(loss: Loss = loss) -> None:
-            authors(weights, range(1), 1e-3)
-            loss()
-            authors(weights, range(1), -2e-3)
-            loss()
-            authors(weights, range(1), 1e-3)
-            authors(weights, range(1), -1e-9)
 
-        def compute(step: int, copies: int, loss: Loss = loss) -> list[float]:
-            return loss(mine, copies=copies)
+def _step(model: LlamaForCausalLM, tokens: int, repeats: int) -> Row:
+    ids = np.random.default_rng(0).integers(0, 49152, tokens)
+    batch = collate([Encoded.plain(ids.tolist(), (np.arange(tokens) >= tokens - ANSWER).tolist())], [[0]])
+    line = torch.from_numpy(ids)[None]
+    labels = torch.where(torch.arange(tokens) >= tokens - ANSWER, line, -100)
+    weights, mine = list(model.parameters()), copy.deepcopy(model)
+    scorers = {id(m): Scorer.probe(m) for m in (model, mine)}
 
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode())
-            lines = stack.enter_context(SeedModel(mine).walk(pool))
-            walk = stack.enter_context(walking(mine, lines, "together", compute))
-            turn = [0]
+    def losses(model: LlamaForCausalLM, copies: int = 1) -> list[float]:
+        return scorers[id(model)](batch.repeated(copies)).view(copies, -1).mean(1).tolist()
 
-            def ours(walk: Walk = walk, turn: list[int] = turn) -> None:
-                walk.move(turn[0], -1e-9)
-                turn[0] += 1
-                walk.losses(turn[0], (1e-3, -1e-3), 0)
+    def theirs() -> None:
+        for scale in (1e-3, -2e-3):
+            authors(weights, range(1), scale)
+            float(model(input_ids=line, labels=labels).loss)
+        authors(weights, range(1), 1e-3)
+        authors(weights, range(1), -1e-9)
 
-            variants = {"ours": ours, "authors": theirs, "forwards": lambda loss=loss: (loss(), loss())}
-            for warm in variants.values():
-                warm()
-            best = interleave(variants, repeats)
-        share = 100 * (1 - best["forwards"] / best["ours"])
-        note = f"hadamard; perturbation {share:.0f} % of ours, limit: two forward passes"
-        row = best["ours"] * 1e3, "ms", best["authors"] * 1e3, best["forwards"] * 1e3
-        rows.append(Row(f"step, {size:.0f} M weights, T = {tokens}", *row, note))
-    return rows
+    with torch.inference_mode(), ExitStack() as stack:
+        lines = stack.enter_context(SeedModel(mine).walk(Pool("hadamard", 1, K)))
+        walk = stack.enter_context(walking(mine, lines, "together", lambda step, copies: losses(mine, copies)))
+        turn = [0]
+
+        def ours() -> None:
+            walk.move(turn[0], -1e-9)
+            turn[0] += 1
+            walk.losses(turn[0], (1e-3, -1e-3), 0)
+
+        variants = {"ours": ours, "authors": theirs, "forwards": lambda: [losses(model) for _ in range(2)]}
+        for warm in variants.values():
+            warm()
+        best = interleave(variants, repeats)
+    share = 100 * (1 - best["forwards"] / best["ours"])
+    size = sum(weight.numel() for weight in weights) / 1e6
+    note = f"hadamard; perturbation {share:.0f} % of ours, limit: two forward passes"
+    times = best["ours"] * 1e3, "ms", best["authors"] * 1e3, best["forwards"] * 1e3
+    return Row(f"step, {size:.0f} M weights, T = {tokens}", *times, note)
 
 
 def main() -> None:
