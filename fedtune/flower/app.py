@@ -89,9 +89,14 @@ def _section(section: str, config: Config) -> str:
     if section != "method":
         return _table(section, _keys(section), values)
     tables = method_tables()
-    # Flower takes only keys that are listed, so those of every method are.
-    found = {key.name: key for kind in METHODS.values() for key in keys("method", kind) if key.name not in tables}
-    text = _table(section, list(found.values()), {"name": config.method.name, **values})
+    # Flower takes only keys that are listed, so those of every method are. A default that is not every method's is left
+    # out: it would be taken for a choice when `method.name` is changed.
+    listed = [key for kind in METHODS.values() for key in keys("method", kind) if key.name not in tables]
+    own = {key.name: key.default for key in keys("method", type(config.method))}
+    apart = {key.name for key in listed if key.default != own.get(key.name, key.default)}
+    chosen = {name: value for name, value in values.items() if name not in apart or value != own[name]}
+    found = {key.name: key for key in listed}
+    text = _table(section, list(found.values()), {**chosen, "name": config.method.name})
     inner = [_table(f"method.{name}", keys(name, kind), values.get(name, {})) for name, kind in tables.items()]
     return "".join([text, *inner])
 

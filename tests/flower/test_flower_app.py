@@ -38,6 +38,12 @@ def test_an_app_holds_the_configuration_it_was_written_from(tmp_path, method):
     assert project["name"] == "app-1"
 
 
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_another_method_by_name_has_its_own_defaults(tmp_path, method):
+    write_app(tmp_path / "a", Config())
+    assert read_config({**settings(tmp_path / "a"), "method.name": method}).method == METHODS[method]()
+
+
 def test_every_value_is_one_flower_can_carry(tmp_path):
     write_app(tmp_path / "a", Config())
     assert {type(value) for value in settings(tmp_path / "a").values()} <= {str, int, float, bool}
