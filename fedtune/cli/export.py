@@ -11,7 +11,6 @@ import typer
 from fedtune.cli.console import out
 from fedtune.errors import ConfigError, ModelError, StorageError, problem
 from fedtune.installed import need_training
-from fedtune.personal import MEMORY, own_adapter
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -39,6 +38,8 @@ def export(
     * `fedtune export runs/demo model --merge --dtype bfloat16`
     * `fedtune export runs/demo mine --own runs/demo/clients/client-00`
     """
+    from fedtune.personal import MEMORY, own_adapter
+
     adapter = find_adapter(source, round_)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(problem(str(target), "a new or empty folder", "something is there"))

@@ -87,7 +87,8 @@ class FedSALoRA(Method):
 
     def export(self, state: Tensors, folder: Path, base_model: str) -> None:
         """Writes A beside a B of zeros, into which every client puts its own (`fedtune.personal.own_adapter`)."""
-        save_peft(folder, personal.exported(state, self.rank), rank=self.rank, alpha=self._alpha, rslora=self.rslora, base_model=base_model)
+        factors = personal.exported(state, self.rank)
+        save_peft(folder, factors, rank=self.rank, alpha=self._alpha, rslora=self.rslora, base_model=base_model)
 
     @property
     def _alpha(self) -> float:

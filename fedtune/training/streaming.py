@@ -155,9 +155,8 @@ class _Layer:
         table = self.room.take("table", self.weights["weight"], looks, len(used) * width)
         _look_up(line, used, width, self.walk.k, self.walk.scales, array(table).reshape(looks, len(used), width))
         places_of = self._apart(torch.from_numpy(places.reshape(ids.shape)))
-        module = (
-            self.module.__dict__
-        )  # plain attributes; the padding row is one of the whole table, and for gradients only
+        # A plain attribute: the padding row is one of the whole table, and for gradients only.
+        module = self.module.__dict__
         padding, module["padding_idx"] = module["padding_idx"], None
         try:
             return self._each(places_of, {"weight": table.view(looks, len(used), width)})
