@@ -38,7 +38,7 @@ class Resident:
         self._idle_s = 900.0
 
     def serve(self) -> None:
-        """Answers requests; returns when the worker is not wanted any more."""
+        """Answers requests; returns when the worker is not wanted any more. What it died of stays in its log."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(str(self._path))
             listener.listen(8)
@@ -46,7 +46,8 @@ class Resident:
             try:
                 self._loop(listener)
             finally:
-                self._tidy()
+                self._remove(".sock", ".lock")
+        self._remove(".log")
 
     def _loop(self, listener: socket.socket) -> None:
         busy = time.monotonic()
@@ -68,24 +69,31 @@ class Resident:
     def _answer(self, connection: socket.socket) -> bool:
         """Answers one request; returns False when it was the last."""
         go_on = True
-        with contextlib.suppress(OSError, EOFError):  # who asked is gone, and the answer with it
+        try:
             connection.sendall(b"\1")
             header, parts = read(connection)
-            if header["stype"] == BYE:
-                go_on = False
+            go_on = header["stype"] != BYE
+            if go_on:
+                self._work(connection, header, parts)
+            else:
                 send(connection, {"stype": BYE})
-                return go_on
-            try:
-                station = self._open(header)
-                body, station.kept = parts
-                stype, answer = station.answer(header["stype"], header["turn"], body)
-                send(connection, {"stype": stype}, answer, station.kept)
-            except Exception as error:  # whatever the model or the user's own code raised goes to who asked
-                if isinstance(error, _HungUpError):
-                    raise EOFError from error
-                traceback.print_exc()
-                send(connection, {"error": f"{type(error).__name__}: {error}"})
+        except (OSError, EOFError, _HungUpError) as error:  # the answer is lost; who asks again gets the same bytes
+            sys.stderr.write(f"who asked has hung up: {error!r}\n")
         return go_on
+
+    def _work(self, connection: socket.socket, header: dict[str, Any], parts: list[bytes]) -> None:
+        """Has the station answer; whatever the model or the user's own code raises goes to who asked."""
+        try:
+            station = self._open(header)
+            body, station.kept = parts
+            stype, answer = station.answer(header["stype"], header["turn"], body)
+        except _HungUpError:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            send(connection, {"error": f"{type(error).__name__}: {error}"})
+        else:
+            send(connection, {"stype": stype}, answer, station.kept)
 
     def _open(self, header: dict[str, Any]) -> Station:
         if self._station is None:
@@ -107,8 +115,8 @@ class Resident:
         if self._connection and select.select([self._connection], [], [], 0)[0]:
             raise _HungUpError
 
-    def _tidy(self) -> None:
-        for suffix in (".sock", ".lock", ".log"):
+    def _remove(self, *suffixes: str) -> None:
+        for suffix in suffixes:
             with contextlib.suppress(OSError):
                 self._path.with_suffix(suffix).unlink()
 
@@ -155,7 +163,7 @@ def _born(pid: int) -> str:
 
 def main() -> None:
     """Runs the worker."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     Resident(Path(sys.argv[1]), int(sys.argv[2])).serve()
 
 

@@ -88,12 +88,13 @@ def folder() -> Path:
 
 
 def send(connection: socket.socket, header: Header, *parts: bytes) -> None:
-    """Writes one message."""
+    """Writes one message. Nothing follows its last byte, not even an empty write: the reader may be gone."""
     text = json.dumps(header).encode()
     connection.sendall(struct.pack("<Q", len(text)) + text + struct.pack("<Q", len(parts)))
     for part in parts:
         connection.sendall(struct.pack("<Q", len(part)))
-        connection.sendall(part)
+        if part:
+            connection.sendall(part)
 
 
 def read(connection: socket.socket) -> tuple[dict[str, Any], list[bytes]]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -197,6 +198,25 @@ def test_it_ends_by_sigterm(world):
     os.kill(worker, signal.SIGTERM)
     gone([worker])
     assert not (visit.folder() / f"{world.name}.sock").exists()
+
+
+class _Slow(socket.socket):
+    def sendall(self, data, flags=0):
+        super().sendall(data, flags)
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("parts", [[], [b""], [b"abc", b""], [b"", b"", b"abc", b"", b""]])
+def test_a_reader_may_hang_up_as_soon_as_it_has_everything(parts):
+    def read_and_close():
+        with there:
+            return visit.read(there)
+
+    here, there = socket.socketpair()
+    with _Slow(fileno=here.detach()) as slow, ThreadPoolExecutor() as pool:
+        answer = pool.submit(read_and_close)
+        visit.send(slow, {"stype": "x"}, *parts)
+        assert answer.result() == ({"stype": "x"}, parts)
 
 
 def test_the_messenger_imports_nothing_heavy():

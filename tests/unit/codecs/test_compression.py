@@ -105,6 +105,10 @@ def test_a_change_leads_from_one_to_the_other():
     assert digest(changed(before, {})) == digest({})
 
 
+def _signs(payload, manifest):
+    return sum(np.count_nonzero(array) for array in Ternary().decode(payload, manifest).values())
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 60), st.integers(0, 3), st.integers(150, 4000))
 def test_a_budget_is_kept_and_used(rows, seed, nbytes):
@@ -113,10 +117,10 @@ def test_a_budget_is_kept_and_used(rows, seed, nbytes):
     budget = Budget(ternary=Ternary(scale="least-squares", sigma="tensor"), nbytes=nbytes)
     payload = b"".join(budget.encode(bag, manifest))
     assert len(payload) <= nbytes
-    ternary = Ternary(scale="least-squares", sigma="tensor")
-    tried = (len(b"".join(replace(ternary, density=n / 80).encode(bag, manifest))) for n in range(1, 41))
     # Sizes jump where another code becomes shorter, so what fits is found by trying all densities up to a half.
-    assert len(payload) >= min(0.93 * nbytes - 12, max((size for size in tried if size <= nbytes), default=0))
+    tried = [b"".join(replace(budget.ternary, density=n / 80).encode(bag, manifest)) for n in range(1, 41)]
+    most = max((_signs(other, manifest) for other in tried if len(other) <= nbytes), default=0)
+    assert _signs(payload, manifest) >= most or len(payload) >= 0.93 * nbytes - 12
     assert payload == b"".join(budget.encode(bag, manifest))
     assert digest(budget.decode(payload, manifest)) == digest(Ternary().decode(payload, manifest))
 
