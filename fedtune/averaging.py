@@ -4,6 +4,7 @@ Shapes: R rank, I input features, O output features; A_RI, B_OR.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf
 
 import numpy as np
@@ -33,10 +34,11 @@ def drawn(base: BaseModel, targets: Sequence[str], rank: int, dtype: str, seed: 
 
 def same_for_all(member: Member, rank: int, alpha: float, why: str) -> Member:
     """Fills in the shared rank and alpha; raises ProtocolError, saying `why`, for a client that brings others."""
+    every_block(member)
     if member.rank not in (0, rank) or member.alpha not in (0, alpha):
         want, got = f"rank {rank} and alpha {alpha:g}", f"rank {member.rank} and alpha {member.alpha:g}"
         raise ProtocolError(problem(f"client {member.id}", want, got, f"{why}; method.name = 'flora' takes any mix"))
-    return Member(member.id, rank, alpha)
+    return replace(member, rank=rank, alpha=alpha)
 
 
 def any_mix(member: Member, rank: int, alpha: float, largest: int, key: str) -> Member:
@@ -51,7 +53,15 @@ def any_mix(member: Member, rank: int, alpha: float, largest: int, key: str) -> 
     alpha = member.alpha or alpha or 2.0 * rank
     if not 0 < alpha < inf:
         raise ProtocolError(problem(f"alpha of {member.id}", "a number above 0", alpha))
-    return Member(member.id, rank, alpha)
+    return replace(member, rank=rank, alpha=alpha)
+
+
+def every_block(member: Member) -> Member:
+    """Raises ProtocolError for a client whose adapter is in part of the blocks only."""
+    if member.depth:
+        why = "In the other blocks it would train without what the others have learned there: flora merges that into it"
+        raise ProtocolError(problem(f"depth of {member.id}", "0, an adapter in every block", member.depth, why))
+    return member
 
 
 def add(total: Total | None, update: Tensors, member: Member, weight: int) -> Total:

@@ -20,11 +20,15 @@ from fedtune.tensors import Array, Manifest, Tensors
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """What the coordinator knows of one client. `rank` and `alpha` of 0 mean: the method's own."""
+    """What the coordinator knows of one client. `rank` and `alpha` of 0 mean: the method's own.
+
+    `depth` is how many transformer blocks, counted from the output, carry its adapter; 0 means all.
+    """
 
     id: str
     rank: int = 0
     alpha: float = 0.0
+    depth: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +152,8 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    takes_depth: ClassVar[bool] = False
+    """Whether clients may carry an adapter in part of the blocks (`Member.depth`)."""
     uplink: Compression = Compression()
     """How updates travel. A method that ships tensors has a field of this name (type `codecs.compression.Link`)."""
 

@@ -2,9 +2,13 @@
 
     A = [c_1 A_1 ; ... ; c_K A_K]    B = [B_1, ..., B_K]    B A = sum_k c_k B_k A_k
 
-A round's stack is in order of client id. Where the clients' factors outgrow two int64 digits for every entry of the
+A round's stack is in order of client id. Where a layer's factors outgrow two int64 digits for every entry of the
 product (R > 4 O I / (O + I) in float32), each client's product is added to those instead (`fedtune.exact`): what the
 coordinator holds then no longer grows with the number of clients, and the order of arrival still leaves no trace.
+
+A client may carry an adapter in part of the layers (`fedtune.depth`). A layer's mean is over those who carry it, each
+with its share among them, as in LEGEND (arXiv 2412.20004): a layer that one client carries becomes
+that client's, and is not thinned by those who left it alone.
 
 Shapes: R rank, I input features, O output features; A_RI, B_OR. `factors` hold `layer/A` and `layer/B`.
 """
@@ -22,6 +26,7 @@ from fedtune.errors import WireError, problem
 from fedtune.lora import key_a, key_b, layers_of
 from fedtune.lowrank import Doubles, Pair
 from fedtune.method import Member
+from fedtune.robust import clip_factors
 from fedtune.tensors import Array, Tensors
 from fedtune.trust import trusted
 
@@ -31,7 +36,7 @@ Weights: TypeAlias = float | Mapping[str, Doubles]
 
 
 class Reply(NamedTuple):
-    """One client's update: `scale` s stands before its product B A."""
+    """One client's update: `scale` s stands before its product B A. It has the layers that carry its adapter."""
 
     member: Member
     weight: int
@@ -40,13 +45,14 @@ class Reply(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """sum_k c_k s_k B_k A_k as `factors`, and the c_k beside their clients' ranks.
+    """sum_k c_k s_k B_k A_k as `factors`, and for each layer the c_k beside their clients' ranks.
 
-    c_k is p_k, less where the update was clipped. `left_out` and `clipped` are ids of clients.
+    c_k is p_k, the client's share among those who carry the layer, less where the update was clipped. A layer that
+    nobody carries has rank 0. `left_out` and `clipped` are ids of clients.
     """
 
     factors: dict[str, Array]
-    shares: list[tuple[int, float]]
+    shares: dict[str, list[tuple[int, float]]]
     left_out: list[str]
     clipped: list[str]
 
@@ -54,39 +60,64 @@ class Mean(NamedTuple):
         """Returns for each component of `held` the sum of the c_k of clients whose rank reaches it."""
         ranks = {layer: held[key_a(layer)].shape[0] for layer in layers_of(held)}
         return {
-            layer: np.array([sum(c for r, c in self.shares if r > i) for i in range(n)]) for layer, n in ranks.items()
+            layer: np.array([sum(c for r, c in self.shares[layer] if r > i) for i in range(n)])
+            for layer, n in ranks.items()
         }
+
+
+class _Part(NamedTuple):
+    """One layer of one client's update."""
+
+    rank: int
+    weight: int
+    scale: float
+    pair: Pair
 
 
 @dataclass
 class Stack:
-    """The updates of a round so far."""
+    """The updates of a round so far, layer by layer: each layer has the clients that carry it."""
 
-    replies: dict[str, Reply] = field(default_factory=dict)
+    parts: dict[str, dict[str, _Part]] = field(default_factory=dict)
     sums: dict[str, exact.ExactSum] = field(default_factory=dict)
-    summed: list[tuple[int, int]] = field(default_factory=list)  # rank and weight of the clients in `sums`
-    nbytes: int = 0
+    summed: dict[str, list[tuple[int, int]]] = field(default_factory=dict)  # rank and weight of the clients in `sums`
+    nbytes: dict[str, int] = field(default_factory=dict)
+    clipped: list[str] = field(default_factory=list)
     dtype: npt.DTypeLike = np.float32  # of factors made from `sums`
 
-    def add(self, reply: Reply, keep: bool) -> "Stack":
-        """Adds an update; with `keep` its factors are kept whatever they take.
+    def add(self, reply: Reply, *, keep: bool, limit: float = 0.0) -> "Stack":
+        """Adds an update.
+
+        Args:
+            reply: the update.
+            keep: its factors are kept whatever they take.
+            limit: longest product; a longer one is scaled down to it. 0 scales none.
 
         Raises:
             WireError: s A, B or an entry of s B A might reach 2048 in magnitude: training diverged. Nothing changed.
         """
         _check(reply)
-        self.replies[reply.member.id] = reply
-        self.nbytes += sum(array.nbytes for array in reply.factors.values())
-        self.dtype = np.result_type(self.dtype, *(array.dtype for array in reply.factors.values()))
-        if not keep and self.nbytes > sum(_DIGITS * b.shape[0] * a.shape[1] for a, b in _pairs(reply.factors).values()):
-            self._sum_up()
+        client, pairs = reply.member.id, _pairs(reply.factors)
+        scale = reply.scale
+        if limit:
+            clip = clip_factors([reply.scale * sum(lowrank.squared_norm(*p) for p in pairs.values()) ** 0.5], limit)
+            scale *= float(clip[0])
+        if scale < reply.scale:
+            self.clipped.append(client)
+        for layer, (a, b) in pairs.items():
+            part = _Part(reply.member.rank, reply.weight, scale, (a, b))
+            self.parts.setdefault(layer, {})[client] = part
+            self.nbytes[layer] = self.nbytes.get(layer, 0) + a.nbytes + b.nbytes
+            self.dtype = np.result_type(self.dtype, a.dtype, b.dtype)
+            if not keep and self.nbytes[layer] > _DIGITS * b.shape[0] * a.shape[1]:
+                self._sum_up(layer)
         return self
 
-    def mean(self, weight: int, held: Tensors, byzantine: int = 0, limit: float = 0.0) -> Mean:
-        """Returns the mean of the updates, `weight` being the sum of theirs.
+    def mean(self, empty: Tensors, held: Tensors, byzantine: int = 0, limit: float = 0.0) -> Mean:
+        """Returns the mean of the updates, each layer's over those who carry it.
 
         Args:
-            weight: the sum of all weights.
+            empty: every layer's factors at rank 0.
             held: products s_i u_i v_i' of which each client began with as many as its rank; what it changed is the
                 difference. Empty where clients began with nothing.
             byzantine: multi-Krum leaves out so many clients.
@@ -95,46 +126,62 @@ class Stack:
         Raises:
             RoundError: too few clients for multi-Krum.
         """
-        if self.sums:
-            factors = {}
-            for layer, total in self.sums.items():
-                factors.update(_small(layer, total.mean(weight, np.dtype(np.float64)), self.dtype))
-            return Mean(factors, [(rank, n / weight) for rank, n in sorted(self.summed)], [], [])
-        replies = [self.replies[client] for client in sorted(self.replies)]
-        ids = [reply.member.id for reply in replies]
-        made = [changes(reply, held) for reply in replies] if byzantine or limit else [{}] * len(replies)
-        kept, clips = trusted(made, byzantine, limit)
-        weight = sum(replies[k].weight for k in kept)
-        shares = [replies[k].weight / weight * clips[k] for k in kept]
-        parts = [(share * replies[k].scale, replies[k].factors) for k, share in zip(kept, shares, strict=True)]
-        stack = stacked(*parts, least="float32" if held else None)
-        ranks = [replies[k].member.rank for k in kept]
-        left_out = [name for k, name in enumerate(ids) if k not in kept]
-        return Mean(stack, list(zip(ranks, shares, strict=True)), left_out, [ids[k] for k in kept if clips[k] < 1])
+        ids = sorted({client for parts in self.parts.values() for client in parts})
+        clips, kept = np.ones(len(ids)), list(range(len(ids)))
+        if byzantine or limit:
+            made = self._changes(layers_of(empty), held)
+            kept, clips = trusted([made[client] for client in ids], byzantine, limit)
+        counts = {ids[k]: float(clips[k]) for k in kept}
+        means = {layer: self._mean(layer, counts, "float32" if held else None) for layer in layers_of(empty)}
+        factors = {key: empty[key] for layer in means for key in (key_a(layer), key_b(layer))}
+        for found, _ in means.values():
+            factors.update(found)
+        left_out = [client for client in ids if client not in counts]
+        clipped = sorted({*self.clipped, *(client for client, clip in counts.items() if clip < 1)})
+        return Mean(factors, {layer: shares for layer, (_, shares) in means.items()}, left_out, clipped)
 
-    def _sum_up(self) -> None:
-        while self.replies:
-            _, reply = self.replies.popitem()
-            for layer, (a, b) in _pairs(reply.factors).items():
-                with one_thread():
-                    product = b.astype(np.float64) @ (a.astype(np.float64) * reply.scale)
-                self.sums[layer] = exact.add(self.sums.get(layer), product, reply.weight, layer)
-            self.summed.append((reply.member.rank, reply.weight))
+    def _mean(
+        self, layer: str, counts: Mapping[str, float], least: str | None
+    ) -> tuple[dict[str, Array], list[tuple[int, float]]]:
+        """One layer's mean, nothing if nobody carries it, and the clients' ranks and shares."""
+        if layer in self.sums:
+            weight = sum(n for _, n in self.summed[layer])
+            shares = [(rank, n / weight) for rank, n in sorted(self.summed[layer])]
+            return _small(layer, self.sums[layer].mean(weight, np.dtype(np.float64)), self.dtype), shares
+        parts = [(part, counts[c]) for c, part in sorted(self.parts.get(layer, {}).items()) if c in counts]
+        weight = sum(part.weight for part, _ in parts)
+        shares = [(part.rank, part.weight / weight * clip) for part, clip in parts]
+        scaled = [
+            (share * part.scale, {key_a(layer): part.pair[0], key_b(layer): part.pair[1]})
+            for (part, _), (_, share) in zip(parts, shares, strict=True)
+        ]
+        return (stacked(*scaled, least=least) if scaled else {}), shares
+
+    def _changes(self, layers: Sequence[str], held: Tensors) -> dict[str, dict[str, Pair]]:
+        """What every client changed, layer by layer."""
+        made: dict[str, dict[str, Pair]] = {}
+        for layer in layers:
+            for client, part in self.parts.get(layer, {}).items():
+                made.setdefault(client, {})[layer] = _change(part, _pairs(held).get(layer))
+        return made
+
+    def _sum_up(self, layer: str) -> None:
+        parts = self.parts[layer]
+        while parts:
+            _, (rank, weight, scale, (a, b)) = parts.popitem()
+            with one_thread():
+                product = b.astype(np.float64) @ (a.astype(np.float64) * scale)
+            self.sums[layer] = exact.add(self.sums.get(layer), product, weight, layer)
+            self.summed.setdefault(layer, []).append((rank, weight))
 
 
-def changes(reply: Reply, held: Tensors) -> dict[str, Pair]:
-    """Returns what a client changed in each layer, as a pair: s B A, less the components of `held` it began with."""
-    own = {layer: (a.astype(np.float64) * reply.scale, b) for layer, (a, b) in _pairs(reply.factors).items()}
-    if not held:
-        return own
-    rank, began = reply.member.rank, _pairs(held)
-    return {
-        layer: (
-            np.concatenate([a, -began[layer][0][:rank].astype(np.float64)]),
-            np.hstack([b, began[layer][1][:, :rank]]),
-        )
-        for layer, (a, b) in own.items()
-    }
+def _change(part: _Part, began: Pair | None) -> Pair:
+    """What a client changed in a layer, as a pair: s B A, less the components of `began` as far as its rank goes."""
+    a, b = part.pair
+    a = a.astype(np.float64) * part.scale
+    if began is None:
+        return a, b
+    return np.concatenate([a, -began[0][: part.rank].astype(np.float64)]), np.hstack([b, began[1][:, : part.rank]])
 
 
 def stacked(*parts: tuple[Weights, Tensors], least: str | None = None) -> dict[str, Array]:

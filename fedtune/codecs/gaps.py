@@ -32,7 +32,10 @@ def encode(sizes: Sequence[int], positions: Sequence[Positions]) -> bytes:
         deflater.begin((places.size << shift) / size)
         for at in range(0, places.size, _BLOCK):
             block = places[at : at + _BLOCK]
-            gaps = np.diff(block, prepend=last) - 1
+            gaps = np.empty_like(block)
+            gaps[0] = block[0] - last - 1
+            np.subtract(block[1:], block[:-1], out=gaps[1:])
+            gaps[1:] -= 1
             deflater.add(_to_bytes(gaps >> shift if shift else gaps))
             if shift:
                 lows.append((gaps[:, None] >> np.arange(shift) & 1).astype(np.uint8).reshape(-1))

@@ -46,12 +46,14 @@ class _Cut:
 
 @dataclass(frozen=True, slots=True)
 class _Sifted:
-    """What of one vector is not below a bracket: how many above it, the magnitudes inside, and where dense is not."""
+    """What of one vector is not below a bracket: how many above it, and the magnitudes inside.
+
+    Where little is, also block by block the places and the values.
+    """
 
     above: int
     inside: Array
-    positions: Array | None = None
-    values: Array | None = None
+    blocks: list[tuple[Array, Array]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def pick(parts: Sequence[Array], count: int) -> list[Pick]:
     sifted, cut = _sift(parts, count, *(_bracket(parts, count, size) if size > _SMALL else (0.0, inf)))
     picks = []
     for part, one in zip(parts, sifted, strict=True):
-        found, cut = _pick_dense(part, cut) if one.positions is None else _pick_sparse(one, cut)
+        found, cut = _pick_dense(part, cut) if one.blocks is None else _pick_sparse(one.blocks, cut)
         picks.append(found)
     return picks
 
@@ -155,47 +157,74 @@ def _sift_one(part: Array, low: float, high: float) -> _Sifted:
     sample = np.abs(part[:: part.size // _SMALL_SAMPLE + 1])
     dense = part.size > 0 and np.count_nonzero(sample >= low) >= _DENSE * sample.size
     if dense and low > 0:
-        above, inside = 0, []
-        for _, block in _blocks(part):
-            over = block > high
-            above += int(np.count_nonzero(over))
-            inside.append(block[np.greater(block >= low, over)])
-        return _Sifted(above, np.concatenate(inside))
-    positions, values = _not_below(part, low)
-    magnitudes = np.abs(values)
-    over = magnitudes > high
-    above = int(np.count_nonzero(over))
-    return _Sifted(above, magnitudes[~over] if above else magnitudes, None if dense else positions, values)
+        above, inside = _inside(part, low, high)
+        return _Sifted(above, inside)
+    blocks = list(_not_below(part, low))
+    magnitudes = [np.abs(values) for _, values in blocks]
+    above = sum(int(np.count_nonzero(block > high)) for block in magnitudes)
+    inside = np.concatenate([part[:0], *(block[block <= high] if above else block for block in magnitudes)])
+    return _Sifted(above, inside, None if dense else blocks)
 
 
-def _not_below(part: Array, low: float) -> tuple[Array, Array]:
-    """Finds places of magnitudes of `low` and more, and their values."""
-    positions, values = [np.zeros(0, np.int64)], [np.zeros(0, part.dtype)]
-    for at, block in _blocks(part):
-        places = np.flatnonzero(block >= low)
-        values.append(part[at : at + BLOCK].take(places))
-        positions.append(places + at if at else places)
-    return np.concatenate(positions), np.concatenate(values)
+def _inside(part: Array, low: float, high: float) -> tuple[int, Array]:
+    """Counts magnitudes above `high`, and finds those from `low` to it."""
+    above, inside = 0, [part[:0]]
+    for _, block, room in _blocks(part):
+        over = block > high
+        above += int(np.count_nonzero(over))
+        np.not_equal(np.greater_equal(block, low), over, out=room[: block.size])
+        inside.append(block.take(_true(room, block.size)))
+    return above, np.concatenate(inside)
 
 
-def _pick_sparse(sifted: _Sifted, cut: _Cut) -> tuple[Pick, _Cut]:
+def _not_below(part: Array, low: float) -> Iterator[tuple[Array, Array]]:
+    """Yields places of magnitudes of `low` and more, block by block, and their values."""
+    for at, block, room in _blocks(part):
+        np.greater_equal(block, low, out=room[: block.size])
+        places = _true(room, block.size)
+        values = part[at : at + BLOCK].take(places)
+        places += at
+        yield places, values
+
+
+def _true(room: Array, size: int) -> Array:
+    """Lists where the first `size` values of `room` are true; those behind them are overwritten.
+
+    numpy jumps from one true value to the next while at most a tenth are, and walks through all where more are. The
+    walk is the faster from a fiftieth on, so true values are put behind.
+    """
+    if np.count_nonzero(room[:size]) * 50 < size:
+        return room[:size].nonzero()[0]
+    more = size // 8 + 1
+    room[size : size + more] = True
+    return room[: size + more].nonzero()[0][:-more]
+
+
+def _pick_sparse(blocks: Sequence[tuple[Array, Array]], cut: _Cut) -> tuple[Pick, _Cut]:
     """Keeps what is beyond the cut, and returns the cut for the vectors that follow, with the ties that are left."""
-    positions, values = sifted.positions, sifted.values
-    if positions is None or values is None:
-        raise ValueError("a vector sifted without its places")
-    kept, left = _beyond(np.abs(values), cut.value, cut.ties)
-    values = values[kept]
-    signs = np.int8(1) - 2 * np.signbit(values).view(np.int8)
-    return Pick(values.size, signs, positions[kept]), _Cut(cut.value, left)
+    most, count, left = sum(places.size for places, _ in blocks), 0, cut.ties
+    positions, signs = np.empty(most, np.int64), np.empty(most, np.int8)
+    for places, values in blocks:
+        kept, left = _beyond(np.abs(values), cut.value, left)
+        at = kept.nonzero()[0]
+        span = slice(count, count + at.size)
+        np.take(places, at, out=positions[span], mode="clip")
+        np.multiply(np.signbit(values.take(at)).view(np.int8), -2, out=signs[span])
+        count += at.size
+    signs += 1
+    return Pick(count, signs[:count], positions[:count]), _Cut(cut.value, left)
 
 
 def _pick_dense(part: Array, cut: _Cut) -> tuple[Pick, _Cut]:
     """Keeps as `_pick_sparse`, with a sign for every value."""
-    signs, left = np.empty(part.size, np.int8), cut.ties
-    for at, block in _blocks(part):
-        kept, left = _beyond(block, cut.value, left)
-        minus = kept & np.signbit(part[at : at + BLOCK])
-        np.subtract(kept.view(np.int8), minus.view(np.int8) << 1, out=signs[at : at + BLOCK])
+    signs, left, limit = np.empty(part.size, np.int8), cut.ties, part.dtype.type(cut.value)
+    for at in range(0, part.size, BLOCK):
+        block, out = part[at : at + BLOCK], signs[at : at + BLOCK]
+        np.subtract((block > limit).view(np.int8), (block < -limit).view(np.int8), out=out)
+        if left:
+            equal = np.flatnonzero(np.abs(block) == limit)[:left]
+            out[equal] = np.sign(block[equal])
+            left -= equal.size
     return Pick(int(np.count_nonzero(signs)), signs), _Cut(cut.value, left)
 
 
@@ -220,9 +249,10 @@ def _bracket(parts: Sequence[Array], count: int, size: int) -> tuple[float, floa
     return (sample[low] if low >= 0 else 0.0), (sample[high] if high < sample.size else inf)
 
 
-def _blocks(part: Array) -> Iterator[tuple[int, Array]]:
-    """Yields the magnitudes of `part` block by block, each in the same memory, with the place where it starts."""
+def _blocks(part: Array) -> Iterator[tuple[int, Array, Array]]:
+    """Yields where a block of `part` starts, its magnitudes, and room for `_true`; in the same memory each time."""
     buffer = np.empty(min(BLOCK, part.size), part.dtype)
+    room = np.empty(buffer.size + buffer.size // 8 + 1, np.bool_)
     for at in range(0, part.size, BLOCK):
         block = part[at : at + BLOCK]
-        yield at, np.abs(block, out=buffer[: block.size])
+        yield at, np.abs(block, out=buffer[: block.size]), room

@@ -18,6 +18,9 @@ what is beyond r_k and trains on from its leading r_k components. What it sends 
     sum_i (1 - sum_{k: r_k > i} p_k) s_i u_i v_i' + sum_k p_k s_k B_k A_k
 
 is the exact mean of the clients' models, and costs the coordinator a reweighting and a recompression.
+
+A client of small depth has no factors in the first blocks (`fedtune.depth`). Where it has none it merges all that it
+receives, and the sums are over the clients that have some, with p_k the share among them.
 """
 
 from collections.abc import Iterable
@@ -28,10 +31,10 @@ import numpy as np
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from fedtune import averaging, history, stacking, trust
+from fedtune import averaging, depth, history, stacking, trust
 from fedtune.balance import balanced
 from fedtune.codecs.compression import Compression, Link
-from fedtune.errors import ConfigError, problem
+from fedtune.errors import ConfigError, ProtocolError, problem
 from fedtune.lora import LoraSpec, key_a, key_b, layers_of, lora_scale, save_product
 from fedtune.method import BaseModel, ClientJob, Member, Method
 from fedtune.outer import FIRST, Outer, ServerOptimizer
@@ -65,6 +68,7 @@ class FLoRA(Method):
     """
 
     name: ClassVar[str] = "flora"
+    takes_depth: ClassVar[bool] = True
 
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -115,7 +119,10 @@ class FLoRA(Method):
         return state
 
     def admit(self, member: Member) -> Member:
-        """Takes any rank from 1 to `max_rank` and any alpha above 0."""
+        """Takes any rank from 1 to `max_rank`, any alpha above 0, and any depth unless multi-Krum compares products."""
+        if member.depth and self.krum_byzantine:
+            why = "Multi-Krum compares products of the same layers"
+            raise ProtocolError(problem(f"depth of {member.id}", "0 with krum_byzantine", member.depth, why))
         largest = max(self.rank, self.max_rank)
         return averaging.any_mix(member, self.rank, self.alpha, largest, "method.max_rank")
 
@@ -128,19 +135,20 @@ class FLoRA(Method):
         return history.is_whole(received)
 
     def fold(self, total: stacking.Stack | None, update: Tensors, member: Member, weight: int) -> stacking.Stack:
-        """Adds the factors, which robust folding compares at the end.
+        """Adds the factors; what robust folding compares at the end is kept until then.
 
         Raises:
             WireError: training diverged, and a stack might overflow its dtype.
         """
-        keep = bool(self.krum_byzantine or self.clip_norm)
-        return (total or stacking.Stack()).add(stacking.Reply(member, weight, self._scale(member), update), keep)
+        reply = stacking.Reply(member, weight, self._scale(member), update)
+        keep = bool(self.krum_byzantine or (self.clip_norm and self.start == "warm"))
+        return (total or stacking.Stack()).add(reply, keep=keep, limit=0.0 if keep else self.clip_norm)
 
     def finish(self, state: Tensors, total: stacking.Stack, weight: int) -> Tensors:
         """Adds the mean of the products, as the server optimiser says, and recompresses what is past the budget."""
         number = history.last(state)
         held = history.of_round(state, number) if self.start == "warm" else {}
-        mean = total.mean(weight, held, self.krum_byzantine, self.clip_norm)
+        mean = total.mean(history.of_round(state, 0), held, self.krum_byzantine, self._limit)
         p, q = self.server_optimizer.shares()
         covered = mean.covered(held)
         momentum = {n.removeprefix(FIRST): a for n, a in state.items() if n.startswith(FIRST)}
@@ -163,9 +171,9 @@ class FLoRA(Method):
         if history.is_whole(received):
             job.rebase()
         for factors in history.missed(received):
-            job.merge(factors if self.start == "fresh" else _beyond(factors, job.member.rank))
+            job.merge(factors if self.start == "fresh" else _beyond(factors, job.member))
         if self.start == "warm":
-            newest = history.of_round(received, history.last(received))
+            newest = depth.carried(history.of_round(received, history.last(received)), job.member.depth)
             job.attach(self._spec(job.member, newest), self._leading(job, newest))
 
     def client_update(self, job: ClientJob, expected: Manifest) -> Tensors:
@@ -178,8 +186,8 @@ class FLoRA(Method):
         return super().encode(balanced(update) if self.uplink.codec == "ternary" else update, manifest)
 
     def template(self, state: Tensors, member: Member) -> Manifest:
-        """Expects A of (r_k, I) and B of (O, r_k) for every layer."""
-        return averaging.of_rank(history.of_round(state, 0), member.rank)
+        """Expects A of (r_k, I) and B of (O, r_k) for every layer that carries the client's adapter."""
+        return averaging.of_rank(depth.carried(history.of_round(state, 0), member.depth), member.rank)
 
     def export(self, state: Tensors, folder: Path, base_model: str) -> None:
         """Writes all rounds as one adapter: their stacks, stacked, with scale 1."""
@@ -219,6 +227,8 @@ class FLoRA(Method):
         return lora_scale(member.rank, member.alpha, self.rslora)
 
 
-def _beyond(factors: Tensors, rank: int) -> dict[str, Array]:
-    """Leaves out the leading `rank` components."""
-    return {name: array[rank:] if name.endswith("/A") else array[:, rank:] for name, array in factors.items()}
+def _beyond(factors: Tensors, member: Member) -> dict[str, Array]:
+    """Leaves out the leading components that a client trains itself: as many as its rank, in the layers it adapts."""
+    rank, own = member.rank, depth.carried(factors, member.depth)
+    rest = {name: array[rank:] if name.endswith("/A") else array[:, rank:] for name, array in own.items()}
+    return {**factors, **rest}

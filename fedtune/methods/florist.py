@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fedtune import averaging, history, lowrank
+from fedtune import averaging, depth, history, lowrank
 from fedtune.lora import LoraSpec, key_a, key_b, layers_of, lora_scale, save_product
 from fedtune.method import BaseModel, ClientJob, Member, Method
 from fedtune.tensors import DTYPES, Array, Manifest, Tensors
@@ -38,6 +38,7 @@ class FLoRIST(Method):
     """
 
     name: ClassVar[str] = "florist"
+    takes_depth: ClassVar[bool] = True
 
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -53,7 +54,7 @@ class FLoRIST(Method):
         return history.begun(base, self.target_modules, self.dtype)
 
     def admit(self, member: Member) -> Member:
-        """Takes any rank from 1 to `max_rank` and any alpha above 0."""
+        """Takes any rank from 1 to `max_rank`, any alpha above 0, any depth."""
         return averaging.any_mix(member, self.rank, self.alpha, max(self.rank, self.max_rank), "method.max_rank")
 
     def broadcast(self, state: Tensors, since: int) -> Tensors:
@@ -66,10 +67,16 @@ class FLoRIST(Method):
         return {**(total or {}), member.id: (member, weight, update)}
 
     def finish(self, state: Tensors, total: Fold, weight: int) -> Tensors:
-        """Stacks the updates in order of client id, and keeps the leading components of each layer."""
-        replies = [total[client] for client in sorted(total)]
-        factors: dict[str, Array] = {}
-        for layer in layers_of(replies[0][2]):
+        """Stacks the updates in order of client id, and keeps the leading components of each layer.
+
+        A layer's mean is over the clients that carry it (`fedtune.depth`); where nobody does, nothing is added.
+        """
+        factors = history.of_round(state, 0)
+        for layer in layers_of(factors):
+            replies = [total[client] for client in sorted(total) if key_a(layer) in total[client][2]]
+            if not replies:
+                continue
+            weight = sum(n for _, n, _ in replies)
             scaled = [n / weight * self._scale(m) * u[key_a(layer)].astype(np.float64) for m, n, u in replies]
             b_or = np.concatenate([u[key_b(layer)] for _, _, u in replies], axis=1)
             kept = lowrank.recompress(np.concatenate(scaled), b_or, energy=self.energy)
@@ -89,8 +96,8 @@ class FLoRIST(Method):
         return averaging.as_sent(factors, expected)
 
     def template(self, state: Tensors, member: Member) -> Manifest:
-        """Expects A of (r_k, I) and B of (O, r_k) for every layer."""
-        return averaging.of_rank(history.of_round(state, 0), member.rank)
+        """Expects A of (r_k, I) and B of (O, r_k) for every layer that carries the client's adapter."""
+        return averaging.of_rank(depth.carried(history.of_round(state, 0), member.depth), member.rank)
 
     def export(self, state: Tensors, folder: Path, base_model: str) -> None:
         """Writes all rounds as one adapter of scale 1."""
