@@ -84,6 +84,13 @@ def dtype_name(array: Array) -> str:
 
 def check(tensors: Tensors, manifest: Manifest, what: str = "tensors") -> None:
     """Raises WireError unless names, order, shapes and dtypes are the manifest's and every value is finite."""
+    check_fit(tensors, manifest, what)
+    for spec in manifest.specs:
+        check_finite(tensors[spec.name], f"{what}: {spec.name}")
+
+
+def check_fit(tensors: Tensors, manifest: Manifest, what: str = "tensors") -> None:
+    """Raises WireError unless names, order, shapes and dtypes are the manifest's."""
     if list(tensors) != manifest.names:
         odd = sorted(set(tensors) ^ set(manifest.names))[:3] or "another order"
         raise WireError(problem(f"{what}: names", f"the {len(manifest.specs)} of the manifest", odd))
@@ -93,7 +100,6 @@ def check(tensors: Tensors, manifest: Manifest, what: str = "tensors") -> None:
             raise WireError(problem(f"{what}: shape of {spec.name}", spec.shape, array.shape))
         if array.dtype != DTYPES[spec.dtype]:
             raise WireError(problem(f"{what}: dtype of {spec.name}", spec.dtype, array.dtype))
-        check_finite(array, f"{what}: {spec.name}")
 
 
 def check_finite(array: Array, name: str) -> None:

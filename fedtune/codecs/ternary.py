@@ -16,7 +16,7 @@ from fedtune.codecs.signs import Code
 from fedtune.codecs.ternary_format import floating, largest, pack, unpack
 from fedtune.codecs.top import Moments, kept_count, moments, pick, working
 from fedtune.errors import ConfigError, problem
-from fedtune.tensors import Array, Manifest, Tensors, TensorSpec, check
+from fedtune.tensors import Array, Manifest, Tensors, TensorSpec, check, check_fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Ternary:
         Raises:
             WireError: `tensors` do not fit `manifest`, or hold a value that is not finite.
         """
-        check(tensors, manifest, "update")
+        check_fit(tensors, manifest, "update")
         specs = floating(manifest)
         wide = any(spec.dtype == "float64" for spec in specs)
 
@@ -72,8 +72,12 @@ class Ternary:
             flat = working(tensors[spec.name])
             return flat.astype(np.float64, copy=False) if wide else flat
 
+        spread = [moments(part(spec)) for spec in specs] if self.scale == "std" else []
+        if not spread or not all(isfinite(one.squares) for one in spread):
+            check(tensors, manifest, "update")
         picked = self._pick(specs, part)
-        return [_with_scale(*item) for item in zip(picked, self._scales(picked, part), strict=True)]
+        each = spread or [_mean_kept(code, part(code.spec)) for code in picked]
+        return [_with_scale(*item) for item in zip(picked, self._scales(each), strict=True)]
 
     def _pick(self, specs: Sequence[TensorSpec], part: Callable[[TensorSpec], Array]) -> list[Code]:
         """Chooses what is kept; the scales are still 0."""
@@ -84,20 +88,14 @@ class Ternary:
             picks = [pick([flat], kept_count(self.density, flat.size))[0] for flat in flats]
         return [Code(s, p.count, 0.0, p.signs, p.positions) for s, p in zip(specs, picks, strict=True)]
 
-    def _scales(self, codes: Sequence[Code], part: Callable[[TensorSpec], Array]) -> list[float]:
-        """Computes the scale of each tensor, in float64."""
-        measure = _mean_kept if self.scale == "least-squares" else _deviation
-        each = [measure(code, part(code.spec)) for code in codes]
+    def _scales(self, each: list[Moments]) -> list[float]:
+        """Computes the scale of each tensor, in float64, from the moments of what it stands for."""
         if self.sigma == "vector":
             total = Moments()
             for one in each:
                 total = total.plus(one)
             each = [total] * len(each)
         return [self.alpha * (one.mean if self.scale == "least-squares" else one.std) for one in each]
-
-
-def _deviation(code: Code, flat: Array) -> Moments:
-    return moments(flat)
 
 
 def _mean_kept(code: Code, flat: Array) -> Moments:

@@ -14,6 +14,7 @@ import numpy as np
 from fedtune.tensors import Array
 
 BLOCK = 1 << 16
+"""Values at a time: places in a block are uint16."""
 _SMALL = 1 << 17
 _SAMPLE = 1 << 16
 _SMALL_SAMPLE = 1 << 12
@@ -48,7 +49,7 @@ class _Cut:
 class _Sifted:
     """What of one vector is not below a bracket: how many above it, and the magnitudes inside.
 
-    Where little is, also block by block the places and the values.
+    Where little is, also for each block the places in it, uint16, and the values.
     """
 
     above: int
@@ -111,7 +112,7 @@ def pick(parts: Sequence[Array], count: int) -> list[Pick]:
 
 
 def moments(part: Array) -> Moments:
-    """Computes the moments of one vector.
+    """Computes the moments of one vector; the squares are not finite unless all values are.
 
     The deviation is right to about 1e-14 of itself; that of more than 131072 float32 values to about 1e-8, as blocks
     are then summed in float32 (pairwise) where nothing cancels.
@@ -127,14 +128,15 @@ def moments(part: Array) -> Moments:
 
 def _exact_moments(block: Array) -> Moments:
     wide = block.astype(np.float64)
-    mean = float(wide.sum()) / wide.size
-    wide -= mean
-    return Moments(wide.size, mean, float(np.square(wide, out=wide).sum()))
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = float(wide.sum()) / wide.size
+        wide -= mean
+        return Moments(wide.size, mean, float(np.square(wide, out=wide).sum()))
 
 
 def _quick_moments(block: Array, buffer: Array) -> Moments | None:
     """Computes in float32; None where that would lose digits."""
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         mean, squares = float(block.sum()) / block.size, float(np.square(block, out=buffer).sum())
     safe = 1e-20 * block.size < squares < 1e30 and mean * mean * block.size < 1e-2 * squares
     return Moments(block.size, mean, squares - mean * mean * block.size) if safe else None
@@ -159,11 +161,14 @@ def _sift_one(part: Array, low: float, high: float) -> _Sifted:
     if dense and low > 0:
         above, inside = _inside(part, low, high)
         return _Sifted(above, inside)
-    blocks = list(_not_below(part, low))
-    magnitudes = [np.abs(values) for _, values in blocks]
-    above = sum(int(np.count_nonzero(block > high)) for block in magnitudes)
-    inside = np.concatenate([part[:0], *(block[block <= high] if above else block for block in magnitudes)])
-    return _Sifted(above, inside, None if dense else blocks)
+    above, parts, blocks = 0, [part[:0]], []
+    for places, values, room in _not_below(part, low):
+        magnitudes = np.abs(values)
+        np.less_equal(magnitudes, high, out=room[: values.size])
+        parts.append(magnitudes.take(_true(room, values.size)))
+        above += values.size - parts[-1].size
+        blocks.append((places, values))
+    return _Sifted(above, np.concatenate(parts), None if dense else blocks)
 
 
 def _inside(part: Array, low: float, high: float) -> tuple[int, Array]:
@@ -177,14 +182,12 @@ def _inside(part: Array, low: float, high: float) -> tuple[int, Array]:
     return above, np.concatenate(inside)
 
 
-def _not_below(part: Array, low: float) -> Iterator[tuple[Array, Array]]:
-    """Yields places of magnitudes of `low` and more, block by block, and their values."""
+def _not_below(part: Array, low: float) -> Iterator[tuple[Array, Array, Array]]:
+    """Yields for each block the places in it of magnitudes of `low` and more, uint16, their values, and the room."""
     for at, block, room in _blocks(part):
         np.greater_equal(block, low, out=room[: block.size])
         places = _true(room, block.size)
-        values = part[at : at + BLOCK].take(places)
-        places += at
-        yield places, values
+        yield places.astype(np.uint16), part[at : at + BLOCK].take(places), room
 
 
 def _true(room: Array, size: int) -> Array:
@@ -204,11 +207,12 @@ def _pick_sparse(blocks: Sequence[tuple[Array, Array]], cut: _Cut) -> tuple[Pick
     """Keeps what is beyond the cut, and returns the cut for the vectors that follow, with the ties that are left."""
     most, count, left = sum(places.size for places, _ in blocks), 0, cut.ties
     positions, signs = np.empty(most, np.int64), np.empty(most, np.int8)
-    for places, values in blocks:
+    for number, (places, values) in enumerate(blocks):
         kept, left = _beyond(np.abs(values), cut.value, left)
         at = kept.nonzero()[0]
         span = slice(count, count + at.size)
-        np.take(places, at, out=positions[span], mode="clip")
+        positions[span] = places.take(at)
+        positions[span] += number * BLOCK
         np.multiply(np.signbit(values.take(at)).view(np.int8), -2, out=signs[span])
         count += at.size
     signs += 1
