@@ -1,7 +1,7 @@
 """The directions on a CPU at the speed of memory: kernels compiled by numba, over tiles that fit the first cache.
 
-`hadamard` is replayed by a Walsh-Hadamard transform in constant geometry: every pass reads quadruples and writes to
-four quarters, which rotates the index by two bits, so that after log2 K bits all are in their places again.
+`hadamard` is replayed by a Walsh-Hadamard transform (`walsh`): the levels over the 128 words of a tile work on whole
+vectors in place; those over its 32 rows read quadruples and write to four quarters, which brings all to their places.
 `rademacher` adds each coefficient under the mask of its sign bits. Bits equal `reference`, for any number of threads.
 """
 
@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from fedtune.directions.kernels import (
     gaussian_into,
-    hadamard_into,
     hadamard_pattern,
     rademacher_into,
     spread_normals,
@@ -23,6 +22,7 @@ from fedtune.directions.kernels import (
 )
 from fedtune.directions.pool import TILE, Coefficients, Move, Pool, check_first, check_replay, step_of, unit_of
 from fedtune.directions.quantiles import quantiles
+from fedtune.directions.walsh import hadamard_into
 from fedtune.tensors import Array
 
 _CHUNK = 16 * TILE  # narrow weights are widened so many at a time

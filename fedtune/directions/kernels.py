@@ -41,69 +41,6 @@ def add_into(total: Any, unit: float, base: Any, out: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def hadamard_into(key0: int, key1: int, coefficients: Any, unit: float, base: Any, tile: int, out: Any) -> None:
-    """Adds a replay of a hadamard pool."""
-    size = coefficients.shape[0]
-    d, e = np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint32)
-    a, b = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
-    for start in range(0, base.shape[0], TILE):
-        words(key0, key1, tile + start // TILE, 0, STREAM_D, 32, d)
-        words(key0, key1, tile + start // TILE, 0, STREAM_E, 32, e)
-        for row in range(ROWS):
-            shift = np.uint32(31 - row)
-            c, x = coefficients[row * WORDS % size :], a[row * WORDS : (row + 1) * WORDS]
-            for v in range(WORDS):
-                m = np.int32(np.uint32(e[v] << shift)) >> 31
-                x[v] = (c[v] ^ m) - m
-        for block in range(0, TILE, size):
-            transform(a[block : block + size], b[block : block + size])
-        for row in range(ROWS):
-            shift = np.uint32(31 - row)
-            x = a[row * WORDS : (row + 1) * WORDS]
-            for v in range(WORDS):
-                m = np.int32(np.uint32(d[v] << shift)) >> 31
-                x[v] = (x[v] ^ m) - m
-        end = min(start + TILE, base.shape[0])
-        add_into(a, unit, base[start:end], out[start:end])
-
-
-@njit(nogil=True, cache=True)
-def transform(a: Any, b: Any) -> None:
-    """Walsh-Hadamard transform of `a` in place, with `b` as scratch; the length is a power of two."""
-    width = 1
-    while width * 16 <= a.shape[0]:
-        pass_of_four(a, b)
-        pass_of_four(b, a)
-        width *= 16
-    rest = a.shape[0] // width
-    if rest >= 4:
-        pass_of_four(a, b)
-        a[:] = b
-    if rest in (2, 8):
-        pass_of_two(a, b)
-        a[:] = b
-
-
-@njit(nogil=True, cache=True)
-def pass_of_four(a: Any, b: Any) -> None:
-    """Two levels of the transform."""
-    q = a.shape[0] // 4
-    for i in range(q):
-        x0, x1, x2, x3 = a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3]
-        s, d, t, u = x0 + x1, x0 - x1, x2 + x3, x2 - x3
-        b[i], b[i + q], b[i + 2 * q], b[i + 3 * q] = s + t, d + u, s - t, d - u
-
-
-@njit(nogil=True, cache=True)
-def pass_of_two(a: Any, b: Any) -> None:
-    """One level of the transform."""
-    q = a.shape[0] // 2
-    for i in range(q):
-        x0, x1 = a[2 * i], a[2 * i + 1]
-        b[i], b[i + q] = x0 + x1, x0 - x1
-
-
-@njit(nogil=True, cache=True)
 def rademacher_into(
     key0: int, key1: int, ks: Any, coefficients: Any, unit: float, base: Any, tile: int, out: Any
 ) -> None:

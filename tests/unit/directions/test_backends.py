@@ -13,7 +13,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = st.sampled_from([np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BF16])
 POOLS = st.one_of(
     st.builds(Pool, st.sampled_from(["rademacher", "gaussian"]), st.integers(0, 2**64 - 1), st.integers(1, 20)),
-    st.builds(Pool, st.just("hadamard"), st.integers(0, 2**64 - 1), st.sampled_from([128, 256, 512])),
+    st.builds(Pool, st.just("hadamard"), st.integers(0, 2**64 - 1), st.sampled_from([128, 256, 512, 2048, 4096])),
 )
 PLACES = st.sampled_from([0, 3 * TILE, 2**32 * TILE // 32 - TILE, 2**40])
 LENGTHS = st.sampled_from([1, 127, 128, 1000, TILE, TILE + 1, 2 * TILE + 129])
