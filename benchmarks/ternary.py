@@ -1,10 +1,11 @@
 """ComPEFT's ternary updates: bytes beside the entropy bound and other formats, time beside the authors' compression.
 
 The authors' way is written from its description (`src/qlora/ties_utils.py` of prateeky2806/ComPEFT): the k-th value of
-the magnitudes, a mask, a product, the standard deviation times the sign. It gives a dense tensor and writes no bytes;
-ours is timed from the dense vector to the last byte. The limit of bytes is sum_t n_t (H(p_t) + p_t), of time a read of
-the vector. Sizes are of three bags: an i.i.d. vector, a made-up adapter whose tensors differ in scale by up to 30
-times, and with --adapter a PEFT adapter of your own.
+the magnitudes, a mask, a product, the standard deviation times the sign; "whole" also has the mean that they take and
+their check that nothing left out is larger than what is kept. It gives a dense tensor and writes no bytes; ours is
+timed from the dense vector to the last byte, in numpy alone and with numba's loops, whose bytes must be the same. The
+limit of bytes is sum_t n_t (H(p_t) + p_t), of time a read of the vector. Sizes are of three bags: an i.i.d. vector, a
+made-up adapter whose tensors differ in scale by up to 30 times, and with --adapter a PEFT adapter of your own.
 """
 
 import os
@@ -17,6 +18,7 @@ import numpy as np
 from _sparse import WAYS, bound_bytes
 from _table import Row, interleave, options, report
 
+from fedtune.codecs.backend import Way, using
 from fedtune.codecs.ternary import Ternary
 from fedtune.codecs.ternary_format import unpack
 from fedtune.tensors import Manifest, Tensors
@@ -89,28 +91,47 @@ def times(x: np.ndarray, repeats: int) -> list[Row]:
         codec = Ternary(density=density)
         payload = b"".join(codec.encode(bag, manifest))
         ways: dict[str, Callable[[], object]] = {
-            "ours": lambda c=codec: b"".join(c.encode(bag, manifest)),
-            "peer": lambda d=density: authors(tensor, d),
+            "numpy": lambda c=codec: encoded(c, bag, manifest, "numpy"),
+            "numba": lambda c=codec: encoded(c, bag, manifest, "numba"),
+            "authors": lambda d=density: authors(tensor, d),
+            "whole": lambda d=density: authors(tensor, d, whole=True),
             "limit": lambda: x.sum(),
             "add": lambda p=payload: [code.add_to(total, 1.0) for code in unpack(p, manifest)[0]],
             "dense": lambda c=codec, p=payload: np.add(total, c.decode(p, manifest)["x"], out=total),
         }
+        if ways["numpy"]() != ways["numba"]():
+            raise SystemExit(f"numpy and numba differ at {density:.0%}")
         best = interleave(ways, repeats)
-        rows.append(Row(f"encode, {density:.0%}", best["ours"], "s CPU", best["peer"], best["limit"], "numpy"))
-        rows.append(Row(f"decode and add, {density:.0%}", best["add"], "s CPU", best["ours"], note="peer: our encode"))
+        for way in ("numpy", "numba"):
+            for peer in ("authors", "whole"):
+                note = f"{way}; peer: authors' step, {'whole' if peer == 'whole' else 'kthvalue, mask, multiply'}"
+                rows.append(Row(f"encode, {density:.0%}", best[way], "s CPU", best[peer], best["limit"], note))
+            rows.append(
+                Row(f"decode and add, {density:.0%}", best["add"], "s CPU", best[way], note=f"peer: our encode, {way}")
+            )
         rows.append(
             Row(f"decode and add, {density:.0%}", best["add"], "s CPU", best["dense"], note="peer: by way of dense")
         )
     return rows
 
 
-def authors(tensor: "torch.Tensor", density: float) -> "torch.Tensor":  # noqa: F821
-    """Compresses as the authors do."""
-    magnitudes = tensor.abs()
-    kept = tensor.numel() - int(tensor.numel() * density)
-    threshold, _ = magnitudes.kthvalue(kept)
-    mask = magnitudes >= threshold
-    return tensor.std() * (tensor * mask).sign()
+def encoded(codec: Ternary, bag: Tensors, manifest: Manifest, way: Way) -> bytes:
+    """Encodes in one of two ways."""
+    with using(way):
+        return b"".join(codec.encode(bag, manifest))
+
+
+def authors(tensor: "torch.Tensor", density: float, whole: bool = False) -> "torch.Tensor":  # noqa: F821
+    """Compresses as the authors do; `whole` with all that stands around it."""
+    if whole:
+        tensor.mean()
+    std = tensor.std()
+    threshold, _ = tensor.abs().kthvalue(tensor.numel() - int(tensor.numel() * density))
+    mask = tensor.abs() >= threshold
+    kept = tensor * mask
+    if whole and tensor[~mask].abs().max() > kept[mask].abs().min():
+        raise SystemExit("the authors' step kept others than the largest")
+    return std * kept.sign()
 
 
 def exact_on_ties() -> None:

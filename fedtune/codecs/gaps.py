@@ -12,6 +12,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.codecs.backend import work
+from fedtune.codecs.plain import ESCAPE
 from fedtune.codecs.reader import Deflater, Reader
 from fedtune.errors import WireError, problem
 from fedtune.tensors import Array
@@ -19,25 +21,21 @@ from fedtune.tensors import Array
 Positions = npt.NDArray[np.int64]
 Signs = npt.NDArray[np.int8]
 
-ESCAPE = 255
 _QUOTIENT_BITS = 6
 _BLOCK = 1 << 15
 
 
 def encode(sizes: Sequence[int], positions: Sequence[Positions]) -> bytes:
     """Writes the ascending places that are kept of vectors of `sizes`, at least one of each."""
-    deflater, lows = Deflater(), []
+    deflater, lows, how = Deflater(), [], work(sum(sizes))
     for size, places in zip(sizes, positions, strict=True):
         shift, last = low_bits(size, places.size), -1
         deflater.begin((places.size << shift) / size)
         for at in range(0, places.size, _BLOCK):
             block = places[at : at + _BLOCK]
-            gaps = np.empty_like(block)
-            gaps[0] = block[0] - last - 1
-            np.subtract(block[1:], block[:-1], out=gaps[1:])
-            gaps[1:] -= 1
-            deflater.add(_to_bytes(gaps >> shift if shift else gaps))
+            deflater.add(how.quotients(block, last, shift))
             if shift:
+                gaps = np.diff(block, prepend=last) - 1
                 lows.append((gaps[:, None] >> np.arange(shift) & 1).astype(np.uint8).reshape(-1))
             last = int(block[-1])
     bits = np.concatenate(lows) if lows else np.zeros(0, np.uint8)
@@ -101,12 +99,3 @@ def _quotients(data: Array, count: int) -> Positions:
         raise WireError(problem("gaps", f"{count} whole ones", f"{ends.size}, or one cut short"))
     quotients: Positions = data[ends] + ESCAPE * (np.diff(ends, prepend=-1) - 1)
     return quotients
-
-
-def _to_bytes(quotients: Positions) -> Array:
-    if int(quotients.max()) < ESCAPE:
-        return quotients.astype(np.uint8)
-    escapes, rest = np.divmod(quotients, ESCAPE)
-    out = np.full(quotients.size + int(escapes.sum()), ESCAPE, np.uint8)
-    out[np.cumsum(escapes + 1) - 1] = rest
-    return out

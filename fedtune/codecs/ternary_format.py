@@ -125,7 +125,7 @@ def _read_scales(reader: Reader, specs: Sequence[TensorSpec], counts: Sequence[i
 
 def _check_scale(spec: TensorSpec, scale: float) -> None:
     """Raises WireError unless a scale is at least 0 and finite in the tensor's dtype."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         rounded = float(np.asarray(scale).astype(DTYPES[spec.dtype]))
     if not (isfinite(rounded) and scale >= 0):
         raise WireError(problem(f"scale of {spec.name}", f"a finite {spec.dtype} of at least 0", scale))

@@ -5,16 +5,16 @@ what is not below it, and only what is inside is partitioned. A wrong bracket is
 is done again without one: the result is exact in either case.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, sqrt
 
 import numpy as np
 
+from fedtune.codecs.backend import Work, work
+from fedtune.codecs.plain import BLOCK
 from fedtune.tensors import Array
 
-BLOCK = 1 << 16
-"""Values at a time: places in a block are uint16."""
 _SMALL = 1 << 17
 _SAMPLE = 1 << 16
 _SMALL_SAMPLE = 1 << 12
@@ -100,13 +100,14 @@ def pick(parts: Sequence[Array], count: int) -> list[Pick]:
         count: at least 0. Of equal magnitudes at the edge the first are kept.
     """
     size = sum(part.size for part in parts)
+    how = work(size, parts[0].dtype if parts else np.float32)
     if not 0 < count < size:
         cut = _Cut(0.0 if count else inf, 0)
-        return [_pick_dense(part, cut)[0] for part in parts]
-    sifted, cut = _sift(parts, count, *(_bracket(parts, count, size) if size > _SMALL else (0.0, inf)))
+        return [_pick_dense(part, cut, how)[0] for part in parts]
+    sifted, cut = _sift(parts, count, *(_bracket(parts, count, size) if size > _SMALL else (0.0, inf)), how)
     picks = []
     for part, one in zip(parts, sifted, strict=True):
-        found, cut = _pick_dense(part, cut) if one.blocks is None else _pick_sparse(one.blocks, cut)
+        found, cut = _pick_dense(part, cut, how) if one.blocks is None else _pick_sparse(one.blocks, cut, how)
         picks.append(found)
     return picks
 
@@ -142,105 +143,56 @@ def _quick_moments(block: Array, buffer: Array) -> Moments | None:
     return Moments(block.size, mean, squares - mean * mean * block.size) if safe else None
 
 
-def _sift(parts: Sequence[Array], count: int, low: float, high: float) -> tuple[list[_Sifted], _Cut]:
+def _sift(parts: Sequence[Array], count: int, low: float, high: float, how: Work) -> tuple[list[_Sifted], _Cut]:
     """Finds the cut, and for vectors of which little is kept what is not below `low`."""
-    sifted = [_sift_one(part, low, high) for part in parts]
+    sifted = [_sift_one(part, low, high, how) for part in parts]
     left = count - sum(one.above for one in sifted)
     inside = np.concatenate([one.inside for one in sifted])
     if not 0 < left <= inside.size:
-        return _sift(parts, count, 0.0, inf)
+        return _sift(parts, count, 0.0, inf, how)
     value = np.partition(inside, inside.size - left)[inside.size - left]
     ties = left - int(np.count_nonzero(inside > value))
     return sifted, _Cut(float(value), ties if value > 0 else 0)
 
 
-def _sift_one(part: Array, low: float, high: float) -> _Sifted:
+def _sift_one(part: Array, low: float, high: float, how: Work) -> _Sifted:
     low, high = part.dtype.type(low), part.dtype.type(high)
     sample = np.abs(part[:: part.size // _SMALL_SAMPLE + 1])
     dense = part.size > 0 and np.count_nonzero(sample >= low) >= _DENSE * sample.size
-    if dense and low > 0:
-        above, inside = _inside(part, low, high)
-        return _Sifted(above, inside)
-    above, parts, blocks = 0, [part[:0]], []
-    for places, values, room in _not_below(part, low):
-        magnitudes = np.abs(values)
-        np.less_equal(magnitudes, high, out=room[: values.size])
-        parts.append(magnitudes.take(_true(room, values.size)))
-        above += values.size - parts[-1].size
-        blocks.append((places, values))
-    return _Sifted(above, np.concatenate(parts), None if dense else blocks)
+    above, inside, blocks = 0, [part[:0]], []
+    for at in range(0, part.size, BLOCK):
+        block = part[at : at + BLOCK]
+        if not dense:
+            blocks.append(how.not_below(block, low))
+            block = blocks[-1][1]
+        over, found = how.inside(block, low, high)
+        above += over
+        inside.append(found)
+    return _Sifted(above, np.concatenate(inside), None if dense else blocks)
 
 
-def _inside(part: Array, low: float, high: float) -> tuple[int, Array]:
-    """Counts magnitudes above `high`, and finds those from `low` to it."""
-    above, inside = 0, [part[:0]]
-    for _, block, room in _blocks(part):
-        over = block > high
-        above += int(np.count_nonzero(over))
-        np.not_equal(np.greater_equal(block, low), over, out=room[: block.size])
-        inside.append(block.take(_true(room, block.size)))
-    return above, np.concatenate(inside)
-
-
-def _not_below(part: Array, low: float) -> Iterator[tuple[Array, Array, Array]]:
-    """Yields for each block the places in it of magnitudes of `low` and more, uint16, their values, and the room."""
-    for at, block, room in _blocks(part):
-        np.greater_equal(block, low, out=room[: block.size])
-        places = _true(room, block.size)
-        yield places.astype(np.uint16), part[at : at + BLOCK].take(places), room
-
-
-def _true(room: Array, size: int) -> Array:
-    """Lists where the first `size` values of `room` are true; those behind them are overwritten.
-
-    numpy jumps from one true value to the next while at most a tenth are, and walks through all where more are. The
-    walk is the faster from a fiftieth on, so true values are put behind.
-    """
-    if np.count_nonzero(room[:size]) * 50 < size:
-        return room[:size].nonzero()[0]
-    more = size // 8 + 1
-    room[size : size + more] = True
-    return room[: size + more].nonzero()[0][:-more]
-
-
-def _pick_sparse(blocks: Sequence[tuple[Array, Array]], cut: _Cut) -> tuple[Pick, _Cut]:
+def _pick_sparse(blocks: Sequence[tuple[Array, Array]], cut: _Cut, how: Work) -> tuple[Pick, _Cut]:
     """Keeps what is beyond the cut, and returns the cut for the vectors that follow, with the ties that are left."""
     most, count, left = sum(places.size for places, _ in blocks), 0, cut.ties
-    positions, signs = np.empty(most, np.int64), np.empty(most, np.int8)
+    positions, signs = np.empty(most + 1, np.int64), np.empty(most + 1, np.int8)
     for number, (places, values) in enumerate(blocks):
-        kept, left = _beyond(np.abs(values), cut.value, left)
-        at = kept.nonzero()[0]
-        span = slice(count, count + at.size)
-        positions[span] = places.take(at)
-        positions[span] += number * BLOCK
-        np.multiply(np.signbit(values.take(at)).view(np.int8), -2, out=signs[span])
-        count += at.size
-    signs += 1
+        out, limit = (positions[count:], signs[count:]), values.dtype.type(cut.value)
+        found, left = how.keep(places, values, limit, left, number * BLOCK, out)
+        count += found
     return Pick(count, signs[:count], positions[:count]), _Cut(cut.value, left)
 
 
-def _pick_dense(part: Array, cut: _Cut) -> tuple[Pick, _Cut]:
+def _pick_dense(part: Array, cut: _Cut, how: Work) -> tuple[Pick, _Cut]:
     """Keeps as `_pick_sparse`, with a sign for every value."""
     signs, left, limit = np.empty(part.size, np.int8), cut.ties, part.dtype.type(cut.value)
     for at in range(0, part.size, BLOCK):
         block, out = part[at : at + BLOCK], signs[at : at + BLOCK]
-        np.subtract((block > limit).view(np.int8), (block < -limit).view(np.int8), out=out)
+        how.signs(block, limit, out)
         if left:
             equal = np.flatnonzero(np.abs(block) == limit)[:left]
             out[equal] = np.sign(block[equal])
             left -= equal.size
     return Pick(int(np.count_nonzero(signs)), signs), _Cut(cut.value, left)
-
-
-def _beyond(magnitudes: Array, value: float, ties: int) -> tuple[Array, int]:
-    """Says which magnitudes are kept, and how many ties are left."""
-    limit = magnitudes.dtype.type(value)
-    if not ties:
-        return magnitudes > limit, 0
-    kept = magnitudes >= limit
-    equal = np.flatnonzero(magnitudes == limit)
-    kept[equal[ties:]] = False
-    return kept, ties - min(ties, equal.size)
 
 
 def _bracket(parts: Sequence[Array], count: int, size: int) -> tuple[float, float]:
@@ -251,12 +203,3 @@ def _bracket(parts: Sequence[Array], count: int, size: int) -> tuple[float, floa
     rank, slack = sample.size * (1 - share), _SAFETY * sqrt(sample.size * share * (1 - share)) + 4
     low, high = int(rank - slack), int(rank + slack) + 1
     return (sample[low] if low >= 0 else 0.0), (sample[high] if high < sample.size else inf)
-
-
-def _blocks(part: Array) -> Iterator[tuple[int, Array, Array]]:
-    """Yields where a block of `part` starts, its magnitudes, and room for `_true`; in the same memory each time."""
-    buffer = np.empty(min(BLOCK, part.size), part.dtype)
-    room = np.empty(buffer.size + buffer.size // 8 + 1, np.bool_)
-    for at in range(0, part.size, BLOCK):
-        block = part[at : at + BLOCK]
-        yield at, np.abs(block, out=buffer[: block.size]), room

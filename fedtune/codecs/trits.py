@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedtune.codecs.backend import Work, work
 from fedtune.codecs.gaps import Signs
 from fedtune.codecs.reader import Deflater, Reader
 from fedtune.errors import WireError, problem
@@ -21,10 +22,10 @@ _BLOCK = 1 << 15
 
 def encode(vectors: Sequence[Signs], counts: Sequence[int]) -> bytes:
     """Writes vectors of -1, 0 and 1; `counts` say how many values of each are not zero."""
-    deflater = Deflater()
+    deflater, how = Deflater(), work(sum(signs.size for signs in vectors))
     for signs, count in zip(vectors, counts, strict=True):
         deflater.begin(count / signs.size)
-        _pack(signs, deflater)
+        _pack(signs, deflater, how)
     return deflater.section()
 
 
@@ -38,16 +39,13 @@ def decode(reader: Reader, sizes: Sequence[int]) -> list[Signs]:
     return [_unpack(part, size) for part, size in zip(parts, sizes, strict=True)]
 
 
-def _pack(signs: Signs, deflater: Deflater) -> None:
+def _pack(signs: Signs, deflater: Deflater, how: Work) -> None:
     width = -(-signs.size // DIGITS)
     planes = [signs[i * width : (i + 1) * width] for i in range(DIGITS)]
     for at in range(0, width, _BLOCK):
         total = np.zeros(min(_BLOCK, width - at), np.uint8)
         for plane in reversed(planes):
-            part = plane[at : at + _BLOCK].view(np.uint8)
-            total *= _BASE
-            total[: part.size] += part & 1
-            total[: part.size] += part >> 7  # -1 is 255: 1 + 1
+            how.pack(plane[at : at + _BLOCK], total)
         deflater.add(total)
 
 
