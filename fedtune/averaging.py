@@ -34,7 +34,6 @@ def drawn(base: BaseModel, targets: Sequence[str], rank: int, dtype: str, seed: 
 
 def same_for_all(member: Member, rank: int, alpha: float, why: str) -> Member:
     """Fills in the shared rank and alpha; raises ProtocolError, saying `why`, for a client that brings others."""
-    every_block(member)
     if member.rank not in (0, rank) or member.alpha not in (0, alpha):
         want, got = f"rank {rank} and alpha {alpha:g}", f"rank {member.rank} and alpha {member.alpha:g}"
         raise ProtocolError(problem(f"client {member.id}", want, got, f"{why}; method.name = 'flora' takes any mix"))
@@ -54,14 +53,6 @@ def any_mix(member: Member, rank: int, alpha: float, largest: int, key: str) -> 
     if not 0 < alpha < inf:
         raise ProtocolError(problem(f"alpha of {member.id}", "a number above 0", alpha))
     return replace(member, rank=rank, alpha=alpha)
-
-
-def every_block(member: Member) -> Member:
-    """Raises ProtocolError for a client whose adapter is in part of the blocks only."""
-    if member.depth:
-        why = "In the other blocks it would train without what the others have learned there: flora merges that into it"
-        raise ProtocolError(problem(f"depth of {member.id}", "0, an adapter in every block", member.depth, why))
-    return member
 
 
 def add(total: Total | None, update: Tensors, member: Member, weight: int) -> Total:

@@ -30,6 +30,10 @@ class Member:
     alpha: float = 0.0
     depth: int = 0
 
+    def described(self) -> dict[str, str | int | float]:
+        """Returns what a record of the run says of this client."""
+        return {"client": self.id, "rank": self.rank, "alpha": self.alpha, "depth": self.depth}
+
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
@@ -153,7 +157,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     takes_depth: ClassVar[bool] = False
-    """Whether clients may carry an adapter in part of the blocks (`Member.depth`)."""
+    """Whether a client's adapter may be in part of the blocks only (`Member.depth`)."""
     uplink: Compression = Compression()
     """How updates travel. A method that ships tensors has a field of this name (type `codecs.compression.Link`)."""
 

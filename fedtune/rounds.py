@@ -14,11 +14,23 @@ from typing import Any
 
 from fedtune import exact
 from fedtune.codecs import raw
-from fedtune.errors import RoundError, WireError, problem
+from fedtune.errors import ProtocolError, RoundError, WireError, problem
 from fedtune.method import ClientJob, Member, Method
 from fedtune.tensors import Manifest, Tensors, leaf_digest, root_digest
 
 MAX_WEIGHT = exact.MAX_TOTAL_WEIGHT
+
+
+def admit(method: Method, member: Member) -> Member:
+    """Takes a client into a run, with the method's defaults filled in.
+
+    Raises:
+        ProtocolError: the method cannot take it.
+    """
+    if member.depth and not method.takes_depth:
+        why = f"A client of {method.name} trains on what others have learned in every block; flora takes any depth"
+        raise ProtocolError(problem(f"depth of {member.id}", "0: an adapter in every block", member.depth, why))
+    return method.admit(member)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,4 +156,4 @@ def receive(payload: memoryview | bytes, manifest: Manifest) -> Tensors:
     return raw.decode(payload, manifest)
 
 
-__all__ = ["MAX_WEIGHT", "Replica", "Round", "Task", "job_seed", "receive", "work"]
+__all__ = ["MAX_WEIGHT", "Replica", "Round", "Task", "admit", "job_seed", "receive", "work"]

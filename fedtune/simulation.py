@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fedtune.codecs import raw
 from fedtune.errors import ModelError, problem
 from fedtune.method import BaseModel, Member, Method
-from fedtune.rounds import Replica, Round, Task, receive, work
+from fedtune.rounds import Replica, Round, Task, admit, receive, work
 from fedtune.tensors import Tensors, digest
 from fedtune.worker import Worker
 
@@ -72,7 +72,7 @@ def simulate(
     Raises:
         ModelError: a worker holds another base model.
     """
-    clients = [_open(method.admit(member), base, open_worker) for member in members]
+    clients = [_open(admit(method, member), base, open_worker) for member in members]
     state = method.init(base, seed)
     results: list[RoundResult] = []
     for number in range(1, rounds + 1):

@@ -18,9 +18,8 @@ import torch
 
 from fedtune.base import open_base
 from fedtune.config import Config
-from fedtune.config.members import member_config, member_ids
+from fedtune.config.members import member_config, member_ids, member_of
 from fedtune.config.schema import DataConfig, ModelConfig, RunConfig, SimulationConfig
-from fedtune.method import Member
 from fedtune.report.own import own_figures
 from fedtune.simulation import RoundResult, simulate
 from fedtune.training.adapt import Bench
@@ -134,7 +133,7 @@ def federate(config: Config, out: Path) -> dict[str, Any]:
         )
         began[0] = time.monotonic()
 
-    members = [Member(c.id, c.rank, c.alpha) for c in own]
+    members = [member_of(client) for client in own]
     try:
         result = simulate(
             config.method, base_of(config.model), members, lambda m: workers[m.id], config.rounds.count,

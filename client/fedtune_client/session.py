@@ -161,6 +161,7 @@ class Session:
             run_id=self._terms.run_id if self._terms else "",
             rank=self._client.rank,
             alpha=self._client.alpha,
+            depth=self._client.depth,
         )
 
     def _welcomed(self, welcome: pb.Welcome) -> pb.Ready:

@@ -9,7 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -43,7 +43,7 @@ class Abandoned(Exception):  # noqa: N818  # not an error: the work in hand is n
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What the coordinator's welcome settled."""
+    """What the coordinator's welcome settled; a task may say that `member` trains otherwise."""
 
     run_id: str
     shared: Shared
@@ -154,7 +154,7 @@ class Turns:
 
     def _train(self, message: pb.Task, key: Key) -> Update:
         """Brings the model to the task's version, trains, and puts the encoded update into the outbox."""
-        job = self._worker.job(self._terms.shared.method, self._terms.member, message.round)
+        job = self._worker.job(self._terms.shared.method, self._member(message), message.round)
         job.memory.clear()
         job.memory.update(self._outbox.memory(self._terms.run_id))
         self._log.event("task", f"round {message.round}: training", round=message.round, version=message.version)
@@ -271,8 +271,15 @@ class Turns:
         self._worker.reset()
         self._replica = Replica()
 
+    def _member(self, task: pb.Task) -> Member:
+        """What this client trains as in this round."""
+        if not task.HasField("member"):
+            return self._terms.member
+        said = task.member
+        return replace(self._terms.member, rank=said.rank, alpha=said.alpha, depth=said.depth)
+
     def _key(self, task: pb.Task) -> Key:
-        member = self._terms.member
+        member = self._member(task)
         template = hashlib.sha256(task.update.SerializeToString(deterministic=True)).hexdigest()
         return Key(self._terms.run_id, task.round, task.state_digest, template, member.rank, member.alpha)
 

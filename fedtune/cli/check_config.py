@@ -122,15 +122,15 @@ def _fetch_model(name: str, revision: str) -> Path:
 
 def _layers(config: "Config", base: "BaseModel") -> Check:
     """Whether every client may join, and what an update of the largest will weigh."""
-    from fedtune.config.members import member_config, member_ids
-    from fedtune.method import Member
+    from fedtune.config.members import member_config, member_of
+    from fedtune.rounds import admit
 
     try:
         state = config.method.init(base, config.run.seed)
         nbytes = []
-        for index, name in enumerate(member_ids(config)):
+        for index in range(config.simulation.clients):
             client = member_config(config, index, config.server.address).client
-            member = config.method.admit(Member(name, client.rank, client.alpha))
+            member = admit(config.method, member_of(client))
             nbytes.append(config.method.template(state, member).nbytes)
     except FedtuneError as error:
         return Check(FAIL, "layers and ranks", str(error), "Mend [method] or simulation.ranks")

@@ -74,10 +74,9 @@ def for_simulation(config: "Config") -> list[str]:
 
 
 def _admit(config: "Config", indices: Sequence[int]) -> None:
-    """Checks that the method takes every client: its rank, its alpha."""
-    from fedtune.config.members import member_config
-    from fedtune.method import Member
+    """Checks that the method takes every client: its rank, its alpha, its depth."""
+    from fedtune.config.members import member_config, member_of
+    from fedtune.rounds import admit
 
     for index in indices:
-        client = member_config(config, index, config.server.address).client
-        config.method.admit(Member(client.id, client.rank, client.alpha))
+        admit(config.method, member_of(member_config(config, index, config.server.address).client))

@@ -14,6 +14,7 @@ class RemoteClient:
     id: str
     state: str
     rank: int
+    depth: int
     round: int
     step: int
     steps: int
@@ -60,7 +61,9 @@ def fetch_status(client: ClientConfig, timeout_s: float = 5.0) -> RemoteStatus:
         raise UnavailableError(problem(client.address, "a coordinator's answer", error.code().name, remedy)) from error
     finally:
         channel.close()
-    clients = tuple(RemoteClient(c.client_id, c.state, c.rank, c.round, c.step, c.steps, c.loss) for c in reply.clients)
+    clients = tuple(
+        RemoteClient(c.client_id, c.state, c.rank, c.depth, c.round, c.step, c.steps, c.loss) for c in reply.clients
+    )
     return RemoteStatus(
         reply.run_id, reply.name, reply.phase, reply.round, reply.rounds, reply.bytes_up, reply.bytes_down, clients
     )

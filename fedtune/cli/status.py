@@ -78,9 +78,10 @@ def _print_rounds(record: "RunRecord", folder: Path) -> None:
 def _print_clients(record: "RunRecord") -> None:
     from rich.table import Table
 
-    table = Table("client", "rank", "examples", "updates")
+    table = Table("client", "rank", "depth", "examples", "updates")
     for client in record.clients.values():
-        table.add_row(client.id, str(client.rank or "–"), str(client.examples), str(client.updates))
+        rank, depth = str(client.rank or "–"), str(client.depth or "all")
+        table.add_row(client.id, rank, depth, str(client.examples), str(client.updates))
     out.print(table)
 
 
@@ -99,11 +100,12 @@ def _show_remote(address: str, config: Path | None, json: bool) -> None:
 def _print_remote(answer: "RemoteStatus") -> None:
     from rich.table import Table
 
-    table = Table("client", "state", "rank", "round", "step", "loss", title=f"{answer.name} ({answer.run_id})")
+    table = Table("client", "state", "rank", "depth", "round", "step", "loss", title=f"{answer.name} ({answer.run_id})")
     for client in answer.clients:
         step = f"{client.step}/{client.steps}" if client.steps else "–"
         loss = figure(client.loss if client.steps else None)
-        table.add_row(client.id, client.state, str(client.rank), str(client.round or "–"), step, loss)
+        rank, depth = str(client.rank), str(client.depth or "all")
+        table.add_row(client.id, client.state, rank, depth, str(client.round or "–"), step, loss)
     out.print(table)
     out.print(
         f"{answer.phase}; round {answer.round} of {answer.rounds}; "

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from fedtune.config.schema import ClientConfig, Config
 from fedtune.errors import ConfigError, problem
+from fedtune.method import Member
 
 T = TypeVar("T")
 
@@ -19,7 +20,8 @@ def member_ids(config: Config) -> list[str]:
 def member_config(config: Config, index: int, address: str) -> Config:
     """Returns the configuration of simulated client `index`, counted from 0.
 
-    Everything but `[client]` stays; ranks and alphas are dealt out in turn; its folder is `clients/ID` in the run's.
+    Everything but `[client]` stays; ranks, alphas and depths are dealt out in turn; its folder is `clients/ID` in the
+    run's.
 
     Raises:
         ConfigError: there is no such client.
@@ -34,6 +36,7 @@ def member_config(config: Config, index: int, address: str) -> Config:
         address=address,
         rank=_nth(simulation.ranks, index, 0),
         alpha=_nth(simulation.alphas, index, 0.0),
+        depth=_nth(simulation.depths, index, 0),
         folder=config.run.folder / "clients" / name,
         device=config.client.device,
         threads=simulation.threads,
@@ -43,6 +46,11 @@ def member_config(config: Config, index: int, address: str) -> Config:
         insecure=config.client.insecure,
     )
     return replace(config, client=client)
+
+
+def member_of(client: ClientConfig) -> Member:
+    """Returns a client as its own configuration states it, not yet admitted."""
+    return Member(client.id, client.rank, client.alpha, client.depth)
 
 
 def _nth(values: tuple[T, ...], index: int, default: T) -> T:

@@ -214,6 +214,7 @@ class ClientConfig:
         address: host and port of the coordinator.
         rank: LoRA rank this client trains; 0 means the method's.
         alpha: LoRA alpha this client trains with; 0 means the method's.
+        depth: transformer blocks, counted from the output, that carry this client's adapter; 0 means all.
         folder: where this client keeps what it has not yet handed in.
         device: `cpu`, `cuda`, `cuda:1`, or `auto` for the first GPU there is.
         threads: arithmetic threads; 0 leaves it to torch.
@@ -226,6 +227,7 @@ class ClientConfig:
     address: Address = "127.0.0.1:7070"
     rank: int = Field(default=0, ge=0)
     alpha: float = Field(default=0.0, ge=0)
+    depth: int = Field(default=0, ge=0)
     folder: Path = Path("runs/client")
     device: str = "auto"
     threads: int = Field(default=0, ge=0)
@@ -243,6 +245,7 @@ class SimulationConfig:
         clients: client processes.
         ranks: rank per client; shorter lists are repeated; empty means the method's rank for all.
         alphas: LoRA alpha per client, likewise.
+        depths: transformer blocks, counted from the output, that carry each client's adapter, likewise; 0 means all.
         partition: `iid`, `label` (Dirichlet over labels), `quantity` (Dirichlet over sizes), or `natural` (client_key).
         concentration: of the Dirichlet distribution; small means skewed.
         min_rows: rows every client gets at least.
@@ -253,6 +256,7 @@ class SimulationConfig:
     clients: int = Field(default=4, ge=1)
     ranks: tuple[Annotated[int, Field(ge=1)], ...] = ()
     alphas: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    depths: tuple[Annotated[int, Field(ge=0)], ...] = ()
     partition: Literal["iid", "label", "quantity", "natural"] = "iid"
     concentration: float = Field(default=0.5, gt=0)
     min_rows: int = Field(default=2, ge=1)

@@ -77,6 +77,7 @@ class Orders:
             "client": member.id,
             "rank": member.rank,
             "alpha": member.alpha,
+            "depth": member.depth,
             "shape": shape,
             "accepted": accepted,
         }

@@ -48,7 +48,7 @@ def read_hello(message: Message) -> tuple[Member, bool]:
         raise ProtocolError(problem("protocol", wire.PROTOCOL_MAJOR, reply.protocol_major))
     if not _is_id(reply.client_id):
         raise WireError(problem("client.id", "small letters, digits and hyphens", repr(reply.client_id[:80])))
-    return Member(reply.client_id, reply.rank, reply.alpha), RESIDENT in reply.features
+    return Member(reply.client_id, reply.rank, reply.alpha, reply.depth), RESIDENT in reply.features
 
 
 def read_update(message: Message, client: str, state_digest: str, max_bytes: int) -> Update | Lack:

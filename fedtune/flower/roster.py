@@ -13,6 +13,7 @@ from fedtune.flower.messages import as_array, content
 from fedtune.flower.replies import read_hello
 from fedtune.flower.visit import BYE
 from fedtune.method import Member, Method
+from fedtune.rounds import admit
 
 T = TypeVar("T")
 Say = Callable[..., None]
@@ -97,7 +98,7 @@ class Roster:
     def _admit(self, number: int, reply: Message) -> None:
         try:
             member, resident = read_hello(reply)
-            member = self._method.admit(member)
+            member = admit(self._method, member)
             if member.id in self.nodes:
                 raise ProtocolError(problem("client.id", "another for every node", f"{member.id} twice"))
         except FedtuneError as error:
@@ -105,7 +106,7 @@ class Roster:
             self._say("client_refused", f"a node was refused: {error}", node=str(number), reason=str(error))
             return
         self._nodes[number] = Node(number, member, resident)
-        self._say("client_joined", client=member.id, rank=member.rank, alpha=member.alpha)
+        self._say("client_joined", **member.described())
 
 
 def pause(began: float) -> None:

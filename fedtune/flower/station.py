@@ -108,6 +108,7 @@ class Station:
             client_id=client.id,
             rank=client.rank,
             alpha=client.alpha,
+            depth=client.depth,
         )
         return HELLO, pack([hello.SerializeToString()])
 
@@ -210,10 +211,10 @@ def _order(packet: Packet, turn: Turn) -> _Order:
     if len(packet.headers) < 3:
         raise WireError(problem("task", "at least three headers", len(packet.headers)))
     try:
-        member = Member(str(turn["client"]), int(turn["rank"]), float(turn["alpha"]))
+        member = Member(str(turn["client"]), int(turn["rank"]), float(turn["alpha"]), int(turn["depth"]))
         shape, accepted = int(turn["shape"]), int(turn["accepted"])
     except (KeyError, ValueError) as error:
-        raise WireError(problem("turn", "client, rank, alpha, shape and accepted", error)) from error
+        raise WireError(problem("turn", "client, rank, alpha, depth, shape and accepted", error)) from error
     if not 0 <= shape < len(packet.headers) - 2:
         raise WireError(problem("turn: shape", f"0 to {len(packet.headers) - 3}", shape))
     welcome, header = parse(pb.Welcome, packet.headers[0]), parse(pb.FetchHeader, packet.headers[1])

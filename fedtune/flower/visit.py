@@ -25,8 +25,8 @@ from typing import Any, TypeAlias
 Header: TypeAlias = Mapping[str, Any]
 
 Turn: TypeAlias = Mapping[str, str | int | float]
-"""What the coordinator says to one node alone: `client`, `rank`, `alpha`; `shape`, the number of its `Task`; and
-`accepted`, the round of its last update that was folded in (0: none)."""
+"""What the coordinator says to one node alone: `client`, `rank`, `alpha`, `depth`; `shape`, the number of its `Task`;
+and `accepted`, the round of its last update that was folded in (0: none)."""
 
 BYE = "fedtune.bye.v1"
 """Serialisation type of the packet that ends a worker."""

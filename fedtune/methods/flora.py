@@ -141,14 +141,15 @@ class FLoRA(Method):
             WireError: training diverged, and a stack might overflow its dtype.
         """
         reply = stacking.Reply(member, weight, self._scale(member), update)
-        keep = bool(self.krum_byzantine or (self.clip_norm and self.start == "warm"))
-        return (total or stacking.Stack()).add(reply, keep=keep, limit=0.0 if keep else self.clip_norm)
+        limit = 0.0 if self._keeps else self.clip_norm
+        return (total or stacking.Stack()).add(reply, keep=self._keeps, limit=limit)
 
     def finish(self, state: Tensors, total: stacking.Stack, weight: int) -> Tensors:
         """Adds the mean of the products, as the server optimiser says, and recompresses what is past the budget."""
         number = history.last(state)
         held = history.of_round(state, number) if self.start == "warm" else {}
-        mean = total.mean(history.of_round(state, 0), held, self.krum_byzantine, self._limit)
+        limit = self.clip_norm if self._keeps else 0.0
+        mean = total.mean(history.of_round(state, 0), held, self.krum_byzantine, limit)
         p, q = self.server_optimizer.shares()
         covered = mean.covered(held)
         momentum = {n.removeprefix(FIRST): a for n, a in state.items() if n.startswith(FIRST)}
@@ -192,6 +193,11 @@ class FLoRA(Method):
     def export(self, state: Tensors, folder: Path, base_model: str) -> None:
         """Writes all rounds as one adapter: their stacks, stacked, with scale 1."""
         save_product(folder, history.joined(state), base_model)
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether updates are judged only when all are there: beside others, or beside what a client began with."""
+        return bool(self.krum_byzantine or (self.clip_norm and self.start == "warm"))
 
     def _after(self, state: Tensors, number: int, step: dict[str, Array]) -> dict[str, Array]:
         """The history with this round's step: added to it, or in the place of all."""

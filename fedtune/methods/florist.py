@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from fedtune import averaging, depth, history, lowrank
 from fedtune.lora import LoraSpec, key_a, key_b, layers_of, lora_scale, save_product
 from fedtune.method import BaseModel, ClientJob, Member, Method
-from fedtune.tensors import DTYPES, Array, Manifest, Tensors
+from fedtune.tensors import DTYPES, Manifest, Tensors
 
 Fold = dict[str, tuple[Member, int, Tensors]]
 

@@ -53,7 +53,7 @@ class HetLoRA(Method):
 
     def admit(self, member: Member) -> Member:
         """Takes any rank from 1 to `rank` and any alpha above 0."""
-        return averaging.any_mix(averaging.every_block(member), self.rank, self.alpha, self.rank, "method.rank")
+        return averaging.any_mix(member, self.rank, self.alpha, self.rank, "method.rank")
 
     def broadcast(self, state: Tensors, since: int) -> Tensors:
         """Sends the whole adapter."""

@@ -41,6 +41,7 @@ class ClientRecord:
     id: str
     rank: int = 0
     alpha: float = 0.0
+    depth: int = 0
     examples: int = 0
     updates: int = 0
 
@@ -103,6 +104,7 @@ def _apply(record: RunRecord, event: Event) -> None:
         known = record.clients.setdefault(event["client"], ClientRecord(event["client"]))
         known.rank = int(event.get("rank", known.rank))
         known.alpha = float(event.get("alpha", known.alpha))
+        known.depth = int(event.get("depth", known.depth))
         known.examples = int(event.get("examples", known.examples))
     elif kind == "update_refused":
         record.refused += 1

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from fedtune.base import open_base
 from fedtune.config import Config, Shared
-from fedtune.config.members import member_config, member_ids
+from fedtune.config.members import member_config, member_ids, member_of
 from fedtune.errors import ProtocolError, problem
 from fedtune.lora import key_b, layers_of, save_peft
 from fedtune.method import BaseModel, Member
-from fedtune.rounds import Replica, Round
+from fedtune.rounds import Replica, Round, admit
 from fedtune.tensors import Tensors
 from fedtune.training.encoding import Row
 from fedtune.training.models import resolve_model
@@ -72,7 +72,8 @@ def train_with(worker: TorchWorker, config: Config, base: BaseModel, index: int 
         ProtocolError: the method's update is no whole adapter.
         TrainingError: training fails.
     """
-    member = config.method.admit(Member(member_ids(config)[index], config.client.rank, config.client.alpha))
+    stated = replace(member_of(config.client), id=member_ids(config)[index])
+    member = admit(config.method, stated)
     first = Round(config.method, config.method.init(base, config.run.seed), 1)
     task, job = first.task(member), worker.job(config.method, member, 1)
     Replica().install(config.method, task, job)

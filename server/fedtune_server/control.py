@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from fedtune import __version__
 from fedtune.errors import FedtuneError, ModelError, ProtocolError, UnavailableError, WireError, problem
 from fedtune.method import Member
+from fedtune.rounds import admit
 from fedtune.wire import CLIENT_ID, FEATURES, PROTOCOL_MAJOR, PROTOCOL_MINOR
 from fedtune.wire.v1 import coordinator_pb2 as pb
 from fedtune_server.engine import Engine
@@ -59,8 +60,7 @@ class Control:
         before = self._engine.roster.enter(session)
         if before is not None:
             before.end(ReplacedError(f"Another program joined as {session.id}; each client needs an id of its own"))
-        rank, alpha = session.member.rank, session.member.alpha
-        self._run.events.emit("client_joined", client=session.id, rank=rank, alpha=alpha, software=_shown(hello))
+        self._run.events.emit("client_joined", **session.member.described(), software=_shown(hello))
         try:
             session.push(pb.ServerMessage(welcome=self._welcome(session.member)))
             if self._run.outcome:
@@ -157,7 +157,7 @@ class Control:
         if not (math.isfinite(hello.alpha) and hello.alpha >= 0):
             raise WireError(problem("client.alpha", "a finite number, at least 0", hello.alpha))
         check_identity(context, hello.client_id)
-        return self._run.shared.method.admit(Member(hello.client_id, hello.rank, hello.alpha))
+        return admit(self._run.shared.method, Member(hello.client_id, hello.rank, hello.alpha, hello.depth))
 
     def _fits(self, ready: pb.Ready, member: Member) -> None:
         """Checks that the client understood the settings and loaded the same weights."""
@@ -196,6 +196,7 @@ class Control:
             client_id=member.id,
             state=state,
             rank=member.rank,
+            depth=member.depth,
             round=progress.round,
             step=progress.step,
             steps=progress.steps,

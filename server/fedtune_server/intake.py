@@ -27,6 +27,7 @@ def task_message(run: Run, task: TaskRow, deadline_s: float) -> pb.ServerMessage
         state_digest=run.version.digest,
         update=manifest_to_proto(template),
         deadline_s=deadline_s,
+        member=pb.Member(rank=task.member.rank, alpha=task.member.alpha, depth=task.member.depth),
     )
     return pb.ServerMessage(task=message)
 

@@ -3,7 +3,7 @@
 import json
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 from fedtune.method import Member
 
@@ -86,8 +86,9 @@ def write_round(row: RoundRow, tasks: Iterable[TaskRow]) -> Callable[[sqlite3.Co
         values = (row.round, row.attempt, row.phase, row.target, json.dumps(row.selected), row.started)
         db.execute("INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?, ?, ?, NULL)", values)
         db.executemany(
-            "INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?)",
-            [(t.round, t.member.id, t.attempt, t.task_id, t.member.rank, t.member.alpha) for t in tasks],
+            "INSERT OR REPLACE INTO tasks (round, client, attempt, task_id, rank, alpha, depth) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [(t.round, t.member.id, t.attempt, t.task_id, *astuple(t.member)[1:]) for t in tasks],
         )
 
     return change
@@ -98,9 +99,9 @@ def read_tasks(round_number: int) -> Callable[[sqlite3.Connection], dict[str, Ta
 
     def change(db: sqlite3.Connection) -> dict[str, TaskRow]:
         rows = db.execute(
-            "SELECT round, attempt, task_id, client, rank, alpha FROM tasks WHERE round = ?", (round_number,)
+            "SELECT attempt, task_id, client, rank, alpha, depth FROM tasks WHERE round = ?", (round_number,)
         )
-        return {client: TaskRow(r, n, task, Member(client, rank, alpha)) for r, n, task, client, rank, alpha in rows}
+        return {client: TaskRow(round_number, n, task, Member(client, *rest)) for n, task, client, *rest in rows}
 
     return change
 

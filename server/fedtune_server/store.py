@@ -27,7 +27,7 @@ CREATE TABLE IF NOT EXISTS rounds (
     selected TEXT NOT NULL, started REAL NOT NULL, closed REAL);
 CREATE TABLE IF NOT EXISTS tasks (
     round INTEGER, client TEXT, attempt INTEGER NOT NULL, task_id TEXT NOT NULL, rank INTEGER NOT NULL,
-    alpha REAL NOT NULL, PRIMARY KEY (round, client)) WITHOUT ROWID;
+    alpha REAL NOT NULL, depth INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (round, client)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS tasks_by_id ON tasks (task_id);
 CREATE TABLE IF NOT EXISTS updates (
     round INTEGER, client TEXT, digest TEXT NOT NULL, weight INTEGER NOT NULL, nbytes INTEGER NOT NULL,
@@ -51,6 +51,7 @@ class Store:
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
             self._connection.executescript(SCHEMA)
+            _upgrade(self._connection)
         except sqlite3.Error as error:
             raise self._error(error) from error
         self._thread = threading.Thread(target=self._work, name="store", daemon=True)
@@ -135,3 +136,9 @@ class Store:
         if any(word in str(error) for word in ("malformed", "not a database")):
             remedy = "The file was damaged; restore it from a backup, or start a new run folder"
         return StorageError(problem(str(self._path), "a database that takes writes", error, remedy))
+
+
+def _upgrade(db: sqlite3.Connection) -> None:
+    """Adds the columns that runs of earlier versions lack."""
+    if "depth" not in {row[1] for row in db.execute("PRAGMA table_info(tasks)")}:
+        db.execute("ALTER TABLE tasks ADD COLUMN depth INTEGER NOT NULL DEFAULT 0")

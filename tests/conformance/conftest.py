@@ -16,7 +16,7 @@ from fedtune_client.main import run
 
 from fedtune.base import open_base
 from fedtune.config import Config, Shared, load
-from fedtune.config.members import member_config, member_ids
+from fedtune.config.members import member_config, member_ids, member_of
 from fedtune.method import Member
 from fedtune.methods import METHODS
 from fedtune.simulation import Result, simulate
@@ -126,7 +126,7 @@ def make(tmp_path: Path, toy_folder: Path) -> Callable[..., tuple[Config, Path]]
             "method": {"name": method, **_SMALL.get(method, {"rank": 2}), **_OPTIONS.get(variant, {})},
             "rounds": {"count": rounds, "min_clients": more.get("min_clients", clients)},
             "server": {"address": "127.0.0.1:0"},
-            "simulation": {"clients": clients, "ranks": list(more.get("ranks", ()))},
+            "simulation": {"clients": clients, **{k: list(more.get(k, ())) for k in ("ranks", "depths")}},
         }
         toml = tmp_path / f"{name}.toml"
         text = [
@@ -159,7 +159,7 @@ def simulated() -> Callable[[Config], Result]:
     def play(config: Config) -> Result:
         ids = member_ids(config)
         own = [member_config(config, i, "127.0.0.1:1").client for i in range(len(ids))]
-        members = [Member(c.id, c.rank, c.alpha) for c in own]
+        members = [member_of(client) for client in own]
         base, shared = open_base(Path(config.model.name)), Shared.of(config)
 
         def worker(member: Member) -> Worker:

@@ -56,8 +56,9 @@ def test_any_order_of_arrival_gives_the_same_bits(make, over_grpc, simulated, me
     assert arrived() == [ids[index] for index in order] * 2
 
 
-def test_flora_mixes_ranks(make, over_grpc, simulated):
-    made = make("flora", ranks=(8, 3, 1))
+@pytest.mark.parametrize("method", ["flora", "flora by warm start", "florist"])
+def test_ranks_and_depths_are_mixed(make, over_grpc, simulated, method):
+    made = make(method, ranks=(8, 3, 1), depths=(0, 1, 2))
     run = over_grpc(made)
     for index in range(3):
         run.client(index)

@@ -329,7 +329,7 @@ def simulated():
     """Digests of the rounds of the plain loop with the same configuration."""
     from fedtune.base import open_base
     from fedtune.config import Shared
-    from fedtune.config.members import member_config, member_ids
+    from fedtune.config.members import member_config, member_ids, member_of
     from fedtune.flower.settings import read_config
     from fedtune.method import Member
     from fedtune.simulation import simulate
@@ -338,7 +338,7 @@ def simulated():
     def play(settings: dict[str, object], nodes: int) -> list[str]:
         config = read_config({**settings, "simulation.clients": nodes})
         own = [member_config(config, i, "127.0.0.1:1").client for i in range(nodes)]
-        members = [Member(c.id, c.rank, c.alpha) for c in own]
+        members = [member_of(client) for client in own]
         shared = Shared.of(config)
 
         def worker(member: Member) -> object:

@@ -30,7 +30,7 @@ def test_simulation(flower, app, settings, simulated, over_grpc, method):
 
 
 def test_ranks_4_8_16_and_1_in_one_run(flower, app, settings, simulated, over_grpc):
-    settings |= {"method.name": "flora", "simulation.ranks": "[4, 8, 16, 1]"}
+    settings |= {"method.name": "flora", "simulation.ranks": "[4, 8, 16, 1]", "simulation.depths": "[0, 1, 2, 1]"}
     flower.run(app, "local", settings, nodes=4)
     assert flower.status("local") == "finished:completed"
     assert digests(flower, settings) == simulated(settings, 4) == over_grpc(settings, 4)

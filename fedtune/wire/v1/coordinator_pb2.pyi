@@ -192,6 +192,7 @@ class Hello(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     ALPHA_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
     protocol_major: _builtins.int
     protocol_minor: _builtins.int
     software: _builtins.str
@@ -204,6 +205,8 @@ class Hello(_message.Message):
     """0: the method's default"""
     alpha: _builtins.float
     """0: the method's default"""
+    depth: _builtins.int
+    """transformer blocks, from the output, that carry the adapter; 0: all"""
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -217,10 +220,11 @@ class Hello(_message.Message):
         run_id: _builtins.str = ...,
         rank: _builtins.int = ...,
         alpha: _builtins.float = ...,
+        depth: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "client_id", b"client_id", "features", b"features", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "rank", b"rank", "run_id", b"run_id", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "client_id", b"client_id", "depth", b"depth", "features", b"features", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "rank", b"rank", "run_id", b"run_id", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -340,6 +344,7 @@ class Task(_message.Message):
     STATE_DIGEST_FIELD_NUMBER: _builtins.int
     UPDATE_FIELD_NUMBER: _builtins.int
     DEADLINE_S_FIELD_NUMBER: _builtins.int
+    MEMBER_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """128 random bits in hex; authorises Fetch and Submit for this client and round"""
     round: _builtins.int
@@ -353,6 +358,10 @@ class Task(_message.Message):
     def update(self) -> Global___Manifest:
         """what the reply must look like"""
 
+    @_builtins.property
+    def member(self) -> Global___Member:
+        """what this client trains as"""
+
     def __init__(
         self,
         *,
@@ -362,14 +371,41 @@ class Task(_message.Message):
         state_digest: _builtins.str = ...,
         update: Global___Manifest | None = ...,
         deadline_s: _builtins.float = ...,
+        member: Global___Member | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_s", b"deadline_s", "round", b"round", "state_digest", b"state_digest", "task_id", b"task_id", "update", b"update", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_s", b"deadline_s", "member", b"member", "round", b"round", "state_digest", b"state_digest", "task_id", b"task_id", "update", b"update", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Task: _TypeAlias = Task  # noqa: Y015
+
+@_typing.final
+class Member(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    ALPHA_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    alpha: _builtins.float
+    depth: _builtins.int
+    """as in Hello"""
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        alpha: _builtins.float = ...,
+        depth: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "depth", b"depth", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Member: _TypeAlias = Member  # noqa: Y015
 
 @_typing.final
 class Finished(_message.Message):
@@ -654,6 +690,7 @@ class ClientStatus(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
     client_id: _builtins.str
     state: _builtins.str
     """idle, training, submitted, gone"""
@@ -662,6 +699,8 @@ class ClientStatus(_message.Message):
     step: _builtins.int
     steps: _builtins.int
     loss: _builtins.float
+    depth: _builtins.int
+    """as in Hello"""
     def __init__(
         self,
         *,
@@ -672,10 +711,11 @@ class ClientStatus(_message.Message):
         step: _builtins.int = ...,
         steps: _builtins.int = ...,
         loss: _builtins.float = ...,
+        depth: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "loss", b"loss", "rank", b"rank", "round", b"round", "state", b"state", "step", b"step", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "depth", b"depth", "loss", b"loss", "rank", b"rank", "round", b"round", "state", b"state", "step", b"step", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

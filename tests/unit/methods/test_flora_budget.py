@@ -130,15 +130,14 @@ def _shapes(state):
 
 def _exact(method, total):
     """The mean of the products of one round in float64, before anything is rounded."""
-    replies = list(total.replies.values())
-    weight = sum(r.weight for r in replies)
-    return {
-        layer: sum(
-            r.weight / weight * r.scale * r.factors[f"{layer}/B"].astype(np.float64) @ r.factors[key_a(layer)]
-            for r in replies
+    products = {}
+    for layer, parts in total.parts.items():
+        weight = sum(part.weight for part in parts.values())
+        products[layer] = sum(
+            part.weight / weight * part.scale * part.pair[1].astype(np.float64) @ part.pair[0]
+            for part in parts.values()
         )
-        for layer in layers_of(replies[0].factors)
-    }
+    return products
 
 
 def test_truncation_is_by_the_energy_threshold_and_reported(family):
@@ -209,7 +208,7 @@ def test_many_small_clients_are_summed_up_and_the_order_leaves_no_trace(family):
         total = None
         for i, (member, update, weight) in enumerate(order):
             total = method.fold(total, update, member, weight)
-            held.append(sum(a.nbytes for r in total.replies.values() for a in r.factors.values()))
+            held.append(sum(a.nbytes for parts in total.parts.values() for p in parts.values() for a in p.pair))
             assert bool(total.sums) == (held[-1] == 0), i
         after = method.finish(state, total, sum(w for *_, w in replies))
         digests.add(digest(after))

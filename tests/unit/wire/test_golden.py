@@ -54,6 +54,7 @@ PROGRESS = pb.Progress(round=3, step=10, steps=100, loss=0.5)
 TASK = pb.Task(task_id="c" * 32, round=3, version=2, state_digest="d" * 64, update=MANIFEST, deadline_s=600.0)
 FINISHED = pb.Finished(outcome=pb.OUTCOME_FAILED, message="grüße")
 CLIENT = pb.ClientStatus(client_id="ann", state="training", rank=8, round=3, step=10, steps=100, loss=0.5)
+MEMBER = pb.Member(rank=8, alpha=16.5, depth=3)
 EXAMPLES = [
     HELLO,
     WELCOME,
@@ -83,6 +84,10 @@ EXAMPLES = [
     ),
     pb.SubmitReply(status=pb.SUBMIT_STATUS_LATE, message="too late"),
     pb.StatusRequest(),
+    pb.Hello(client_id="ann", depth=3),
+    pb.Task(round=3, member=MEMBER),
+    MEMBER,
+    pb.ClientStatus(client_id="ann", depth=3),
     pb.StatusReply(
         run_id="00ff",
         name="demo",
