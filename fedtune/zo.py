@@ -36,8 +36,8 @@ REFUSED = {
 class Backend(Protocol):
     """`fedtune.directions.cpu`, `gpu`, `portable` or `reference`."""
 
-    def perturb(self, pool: Pool, k: int, scale: float, base: Any, first: int, out: Any) -> None:
-        """Sets `out` to base + scale * z_k."""
+    def advance(self, pool: Pool, moves: Sequence[Move], weights: Any, first: int) -> None:
+        """Adds change * z_k to `weights` for each move (k, change) in turn, each sum rounded."""
 
     def spread(
         self, pool: Pool, k: int, scales: Sequence[float], weights: Any, first: int, outs: Any, move: Move | None = None
@@ -87,8 +87,7 @@ class Line:
         """
         weights, start = self.weights[span], span.start or 0
         before = copied(weights) if self.left_out else weights
-        for move in self.due[:-1]:
-            self.backend.perturb(self.pool, *move, weights, self.first + start, weights)
+        self.backend.advance(self.pool, self.due[:-1], weights, self.first + start)
         last = self.due[-1] if self.due else None
         self.backend.spread(self.pool, k, scales, weights, self.first + start, outs, last)
         if self.left_out:
@@ -105,8 +104,7 @@ class Line:
         for start in range(0, len(self.weights) if self.due else 0, _SETTLED):
             weights = self.weights[start : start + _SETTLED]
             before = copied(weights) if self.left_out else weights
-            for move in self.due:
-                self.backend.perturb(self.pool, *move, weights, self.first + start, weights)
+            self.backend.advance(self.pool, self.due, weights, self.first + start)
             if self.left_out:
                 put_back(weights, before, self.left_out(self.place + start, len(weights)))
         self.arrived()

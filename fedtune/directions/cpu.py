@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.directions.kernels import (
+    advance_signs,
     gaussian_into,
     hadamard_pattern,
     rademacher_into,
@@ -59,6 +60,27 @@ def perturb(pool: Pool, k: int, scale: float, base: Array, first: int, out: Arra
     _over(_spreading(pool, k, (scale,), None, np.dtype(np.float32), out.dtype), base, first, out[None], threads)
 
 
+def advance(pool: Pool, moves: Sequence[Move], weights: Array, first: int, threads: int = 1) -> None:
+    """Adds change * z_k to `weights` in place for each move (k, change) in turn, each sum rounded.
+
+    One pass over memory, for float32 and float64 weights. See `reference.advance`.
+    """
+    if weights.dtype not in _WIDE or pool.kind == "gaussian":
+        for move in moves:
+            perturb(pool, *move, weights, first, weights, threads)
+        return
+    double = weights.dtype == np.float64
+    ks = np.array([k for k, _ in moves], np.int64)
+    bits = _bits(np.array([step_of(pool, change, double) for _, change in moves], np.float64), double)
+    patterns = np.stack([_NO_PATTERN, *(_pattern(pool, k) for k, _ in moves)])[1:]
+    size = pool.size if pool.kind == "hadamard" else 0
+
+    def signs(source: Array, tile: int, _: Array) -> None:
+        advance_signs(*pool.keys, size, ks, bits, patterns, source, tile)
+
+    _over(signs, weights, first, weights, threads)
+
+
 def spread(
     pool: Pool,
     k: int,
@@ -74,7 +96,7 @@ def spread(
     One pass over memory, for float32 and float64 weights. See `reference.spread`.
     """
     if move and weights.dtype not in _WIDE:
-        perturb(pool, *move, weights, first, weights, threads)
+        advance(pool, [move], weights, first, threads)
         move = None
     _over(_spreading(pool, k, scales, move, weights.dtype, outs.dtype), weights, first, outs, threads)
 
@@ -106,7 +128,7 @@ def _bits(numbers: npt.NDArray[np.float64], double: bool) -> Array:
     return numbers.view(np.uint64) if double else numbers.astype(np.float32).view(np.uint32)
 
 
-@lru_cache(64)
+@lru_cache(4096)
 def _pattern(pool: Pool, k: int) -> Any:
     """The 128 words of H's row k over a tile."""
     return hadamard_pattern(pool.size, k) if pool.kind == "hadamard" else _NO_PATTERN

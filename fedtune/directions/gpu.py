@@ -39,12 +39,17 @@ def perturb(pool: Pool, k: int, scale: float, base: Tensor, first: int, out: Ten
     _launch(pool, np.ones(1, np.int32), np.array([k], np.int32), step, base, first, out, all_at_once=False)
 
 
+def advance(pool: Pool, moves: Sequence[Move], weights: Tensor, first: int) -> None:
+    """Adds change * z_k to `weights` in place for each move (k, change) in turn, each sum rounded."""
+    for move in moves:
+        perturb(pool, *move, weights, first, weights)
+
+
 def spread(
     pool: Pool, k: int, scales: Sequence[float], weights: Tensor, first: int, outs: Tensor, move: Move | None = None
 ) -> None:
     """Adds change * z_moved to `weights` in place, then sets each `outs[j]` to weights + scales[j] * z_k."""
-    if move:
-        perturb(pool, *move, weights, first, weights)
+    advance(pool, [move] if move else [], weights, first)
     for scale, out in zip(scales, outs, strict=True):
         perturb(pool, k, scale, weights, first, out)
 

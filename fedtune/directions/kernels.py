@@ -161,6 +161,29 @@ def spread_signs(
                     y[v] = x[v] + step[v]
 
 
+@njit(nogil=True, cache=True)
+def advance_signs(
+    key0: int, key1: int, size: int, ks: Any, changes: Any, patterns: Any, weights: Any, tile: int
+) -> None:
+    """Adds +- change to `weights` in place, one direction after another: a tile stays in the cache meanwhile.
+
+    `changes` (M,) are bits as in `spread_signs`; `patterns` (M, 128).
+    """
+    d, w, due = np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint32), np.empty(WORDS, changes.dtype)
+    moves = due.view(weights.dtype)
+    for start in range(0, weights.shape[0], TILE):
+        here = tile + start // TILE
+        if size:
+            words(key0, key1, here, 0, STREAM_D, 32, d)
+        for n in range(ks.shape[0]):
+            sign_words(key0, key1, ks[n], patterns[n], size, here, d, w)
+            for r in range(min(ROWS, (weights.shape[0] - start + WORDS - 1) // WORDS)):
+                flip(w, r, changes[n], due)
+                x = weights[start + r * WORDS : start + (r + 1) * WORDS]
+                for v in range(x.shape[0]):
+                    x[v] += moves[v]
+
+
 @njit(nogil=True, inline="always")
 def advance_pair(x: Any, move: Any, step: Any, plus: Any, minus: Any) -> None:
     """Adds a move to x, and sets the two looks of a step: all in registers."""

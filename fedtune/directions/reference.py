@@ -90,6 +90,12 @@ def perturb(pool: Pool, k: int, scale: float, base: Array, first: int, out: Arra
     out[:] = rounded(base.astype(np.float64) + direction(pool, k, first, len(base)) * step, out.dtype)
 
 
+def advance(pool: Pool, moves: Sequence[Move], weights: Array, first: int) -> None:
+    """Adds change * z_k to `weights` in place for each move (k, change) in turn, each sum rounded."""
+    for move in moves:
+        perturb(pool, *move, weights, first, weights)
+
+
 def spread(
     pool: Pool, k: int, scales: Sequence[float], weights: Array, first: int, outs: Array, move: Move | None = None
 ) -> None:
@@ -104,8 +110,7 @@ def spread(
         outs: where the results go (S, N).
         move: direction and change that are due before, if any.
     """
-    if move:
-        perturb(pool, *move, weights, first, weights)
+    advance(pool, [move] if move else [], weights, first)
     for scale, out in zip(scales, outs, strict=True):
         perturb(pool, k, scale, weights, first, out)
 

@@ -181,7 +181,7 @@ def backend(tensor: Tensor) -> Any:
     """Returns the module that computes directions where `tensor` is: numba, Triton, or torch alone."""
     if tensor.device.type == "cpu":
         cpu, threads = import_module("fedtune.directions.cpu"), torch.get_num_threads()
-        names = ("replay", "perturb", "spread")
+        names = ("replay", "advance", "spread")
         return SimpleNamespace(**{name: partial(getattr(cpu, name), threads=threads) for name in names})
     try:
         return import_module("fedtune.directions.gpu")

@@ -89,6 +89,24 @@ def test_spread(pool, dtype, out_dtype, count, first, scales, change, seed, thre
     assert _bytes(by_torch) == by_reference.tobytes()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    POOLS, DTYPES, LENGTHS, PLACES, st.lists(st.floats(-1e-2, 1e-2), max_size=5), st.integers(0, 2**32),
+    st.integers(1, 2), st.data(),
+)  # fmt: skip
+def test_advance(pool, dtype, count, first, changes, seed, threads, data):
+    """Moves one after another; each is rounded."""
+    moves = [(data.draw(st.integers(0, pool.size - 1)), change) for change in changes]
+    base = _weights(seed, count, dtype)
+    want, by_cpu, by_torch = base.copy(), base.copy(), _tensor(base)
+    for k, change in moves:
+        reference.perturb(pool, k, change, want, first, want)
+    cpu.advance(pool, moves, by_cpu, first, threads)
+    portable.advance(pool, moves, by_torch, first)
+    assert by_cpu.tobytes() == want.tobytes()
+    assert _bytes(by_torch) == want.tobytes()
+
+
 def test_many_tiles_are_dealt_out_to_threads():
     pool = Pool("hadamard", 7, 4096)
     base = _weights(1, 200 * TILE + 17, np.float32)
