@@ -52,7 +52,7 @@ def lacking(state: Tensors, since: int) -> dict[str, Array]:
 def unpacked(
     job: ClientJob, received: Tensors, downlink: Compression, dtype: str, personal: Sequence[str] = ()
 ) -> Tensors:
-    """Returns the shared state that a step, or the whole state, leads to.
+    """Returns the shared state that a step, or the whole state, leads to, where that is an adapter.
 
     Raises:
         WireError: the bytes are no step for the adapter this client holds.
@@ -60,7 +60,17 @@ def unpacked(
     if downlink.exact or STEP not in received:
         return received
     held = {name: emptied(name, a) if is_personal(name, personal) else a for name, a in job.attached().items()}
-    before = {name: array.astype(DTYPES[dtype]) for name, array in held.items()}
+    return stepped({name: array.astype(DTYPES[dtype]) for name, array in held.items()}, received, downlink)
+
+
+def stepped(before: Tensors, received: Tensors, downlink: Compression) -> Tensors:
+    """Returns the state that what was received leads to from the one before.
+
+    Raises:
+        WireError: the bytes are no step for that state.
+    """
+    if downlink.exact or STEP not in received:
+        return received
     manifest = _manifest({name: array for name, array in before.items() if array.size})
     return {**before, **changed(before, downlink.coder.decode(received[STEP].data, manifest))}
 

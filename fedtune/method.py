@@ -135,6 +135,21 @@ class ClientJob(Protocol):
         The sides named in `frozen` (`A`, `B`) stay as they are, in every layer.
         """
 
+    def shift(self, change: Tensors) -> None:
+        """Sets each weight that `change` names to base + change, in one rounding; `change` is kept for `shifted`.
+
+        A tensor that has not changed yet has one axis more, of length 0.
+        """
+
+    def shifted(self) -> Tensors:
+        """Returns the last change that `shift` was given; nothing before that."""
+
+    def train_weights(self) -> Tensors:
+        """Trains the weights that `shift` named on local data, and returns how far they moved, float32.
+
+        The model is left as it was before.
+        """
+
     def replay(self, part: Part, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
         """Sets what `part` names to base + 2**-exponent * sum_k c_k z_k; returns the SHA-256 of it (32 bytes)."""
 

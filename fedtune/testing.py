@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from fedtune.base import open_base
+from fedtune.capability import Capability, Cost
 from fedtune.config import Config, Shared
 from fedtune.directions import Coefficients, Pool, layout, reference
 from fedtune.errors import ProtocolError, problem
@@ -95,6 +96,24 @@ class ToyJob:
         drawn = {n: rng.normal(0, 0.1, a.shape).astype(np.float32) for n, a in factors.items()}
         return {n: a if n.rsplit("/", 1)[1] in frozen else a + drawn[n] for n, a in factors.items()}
 
+    def shift(self, change: Tensors) -> None:
+        """Adds to the weights in the file."""
+        self._worker.reset()
+        self._worker.change = dict(change)
+        for name, array in change.items():
+            self._worker.weights[name] = self._worker.weights[name] + (array if array.size else np.float32(0))
+
+    def shifted(self) -> Tensors:
+        """Returns what was added."""
+        return self._worker.change
+
+    def train_weights(self) -> Tensors:
+        """Draws a step for every weight that was named."""
+        rng = np.random.Generator(np.random.Philox(key=self.seed))
+        self._worker.report(self.member)
+        shapes = {name: self._worker.weights[name].shape for name in self._worker.change}
+        return {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
+
     def replay(self, part: Part, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
         """Rebuilds the weights from the file, or the factors from their seed."""
         self._worker.reset()
@@ -138,6 +157,7 @@ class ToyWorker:
         self.weights: dict[str, Array] = {}
         self.attached: tuple[LoraSpec, Tensors] | None = None
         self.tuned: dict[str, Array] = {}
+        self.change: Tensors = {}
         self.metrics: dict[str, float] = {}
         self.memory: dict[str, Array] = {}
         self._folder, self._seed, self._delay = folder, seed, delay
@@ -145,7 +165,7 @@ class ToyWorker:
 
     def reset(self) -> None:
         """Goes back to the base weights, with nothing attached."""
-        self.attached = None
+        self.attached, self.change = None, {}
         self.weights = dict(load_file(self._folder / "model.safetensors"))
         self.tuned = self.weights
 
@@ -161,6 +181,11 @@ class ToyWorker:
             factors[key_a(layer)] = kaiming_uniform(rng, part.lora.rank, inputs)
             factors[key_b(layer)] = np.zeros((outputs, part.lora.rank), np.float32)
         return factors
+
+    def measure(self, method: Method, member: Member) -> Capability:
+        """States what its number of examples says: the more, the slower."""
+        slow = self.examples / 10
+        return Capability(Cost(slow, slow, slow / 8), Cost(0.0, 1.0, 0.0), room=10.0)
 
     def job(self, method: Method, member: Member, round_number: int) -> ToyJob:
         """Starts one round's turn."""

@@ -30,7 +30,7 @@ def export(
 ) -> None:
     """Copy an adapter out of a run, or merge it into its base model.
 
-    A FedKSeed run is rebuilt: a full model, or its adapter if it tuned one.
+    A FedKSeed run is rebuilt: a full model, or its adapter if it tuned one. A FedAvg run gives a full model.
 
     Examples:
 
@@ -52,6 +52,8 @@ def export(
                 own_adapter(whole, own / MEMORY, adapter)
             if is_seeds(adapter):
                 _rebuild(adapter, target, base, dtype, merge)
+            elif is_change(adapter):
+                _shift(adapter, target, base, dtype)
             elif merge:
                 _merge(adapter, target, base, dtype)
             else:
@@ -64,7 +66,7 @@ def export(
 def find_adapter(source: Path, number: int = 0) -> Path:
     """Returns the folder with the result that a run folder and a round (0: the last) mean; such a folder is itself.
 
-    A result is a PEFT adapter, or the coefficients of FedKSeed.
+    A result is a PEFT adapter, the coefficients of FedKSeed, or the change of the weights that FedAvg made.
 
     Raises:
         ModelError: there is none.
@@ -86,12 +88,19 @@ def find_adapter(source: Path, number: int = 0) -> Path:
 
 
 def _is_result(folder: Path) -> bool:
-    return (folder / _ADAPTER[0]).exists() or is_seeds(folder)
+    return (folder / _ADAPTER[0]).exists() or is_seeds(folder) or is_change(folder)
 
 
 def is_seeds(folder: Path) -> bool:
     """Whether a folder holds the coefficients of a FedKSeed run."""
     from fedtune.methods.fedkseed import FILE
+
+    return (folder / FILE).exists()
+
+
+def is_change(folder: Path) -> bool:
+    """Whether a folder holds the change of the weights that a FedAvg run made."""
+    from fedtune.methods.fedavg import FILE
 
     return (folder / FILE).exists()
 
@@ -118,6 +127,24 @@ def _merge(adapter: Path, target: Path, base: str, dtype: str) -> None:
         raise ModelError(problem(str(adapter), "the name of its base model", "none", "Give it with --base"))
     model, tokenizer = load_model(resolve_model(name), dtype, choose_device("cpu"))
     MergedBase(model).merge(factors)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _shift(result: Path, target: Path, base: str, dtype: str) -> None:
+    """Adds what a FedAvg run changed to the base's weights, and saves the model with its tokenizer."""
+    need_training()
+    from safetensors import safe_open
+
+    from fedtune.methods.fedavg import FILE
+    from fedtune.training.models import choose_device, load_model, resolve_model
+    from fedtune.training.shifting import ShiftedBase, load_change
+
+    change = load_change(result)
+    with safe_open(result / FILE, framework="numpy") as file:
+        name = base or str((file.metadata() or {}).get("base", ""))
+    model, tokenizer = load_model(resolve_model(name), dtype, choose_device("cpu"))
+    ShiftedBase(model).shift(change)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 

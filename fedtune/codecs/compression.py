@@ -16,6 +16,7 @@ from fedtune.codecs.codec import Codec
 from fedtune.codecs.narrow import Narrow
 from fedtune.codecs.reader import Reader
 from fedtune.codecs.signs import Code
+from fedtune.codecs.spectral import delta_come, ere
 from fedtune.codecs.ternary import Ternary
 from fedtune.codecs.ternary_format import unpack
 from fedtune.tensors import Array, Manifest, Tensors
@@ -29,8 +30,10 @@ class Compression:
     """How the tensors of one direction become bytes.
 
     Attributes:
-        codec: `raw` (all bits), `bf16`, `int8` and `int4` (blocks of 64 values with one scale each), or `ternary`
-            (ComPEFT: the largest values, of each only the sign).
+        codec: `raw` (all bits), `bf16`, `int8` and `int4` (blocks of 64 values with one scale each), `ternary`
+            (ComPEFT: the largest values, of each only the sign), or for whole matrices `ere` (their leading singular
+            vectors in bf16) and `delta-come` (the first two in int8, the others in int4).
+        rank: singular vectors of each matrix that `ere` and `delta-come` keep.
         density: share of the values that `ternary` keeps.
         budget_kb: thousand bytes an update may have; `ternary` then keeps what fits, at most half, whatever `density`
             is. 0 is no budget.
@@ -41,7 +44,8 @@ class Compression:
         feedback: the client adds what was left out to its next update (error feedback).
     """
 
-    codec: Literal["raw", "bf16", "int8", "int4", "ternary"] = "raw"
+    codec: Literal["raw", "bf16", "int8", "int4", "ternary", "ere", "delta-come"] = "raw"
+    rank: int = Field(default=32, ge=1, le=65536)
     density: float = Field(default=0.2, gt=0, le=1)
     budget_kb: float = Field(default=0.0, ge=0)
     alpha: float = Field(default=1.0, gt=0)
@@ -70,6 +74,8 @@ class Compression:
             return raw
         if self.codec == "bf16":
             return Narrow()
+        if self.codec in ("ere", "delta-come"):
+            return ere(self.rank) if self.codec == "ere" else delta_come(self.rank)
         if self.codec != "ternary":
             return Blocks(bits=8 if self.codec == "int8" else 4)
         ternary = Ternary(density=self.density, alpha=self.alpha, scale=self.scale, top=self.top, sigma=self.sigma)

@@ -16,6 +16,7 @@ from fedtune.training.loop import train
 from fedtune.training.lora import injected
 from fedtune.training.packing import Plan
 from fedtune.training.scoring import Scorer
+from fedtune.training.shifting import ShiftedBase, moved
 from fedtune.worker import OnStep
 
 
@@ -66,6 +67,25 @@ def fit_adapter(
         after = adapter.factors()
     _check(before, after)
     return after, metrics
+
+
+def fit_weights(bench: Bench, base: ShiftedBase, seed: int) -> tuple[dict[str, Array], dict[str, float]]:
+    """Trains the weights that the change of `base` names; they are left as they were before.
+
+    Returns:
+        How far they moved, float32, and the metrics as of `fit_adapter`.
+
+    Raises:
+        ModelError: the weights are not float32.
+        TrainingError: a loss is not finite, no weight moved, or one moved out of bounds.
+    """
+    with base.moving() as weights:
+        start, own_before = {name: weight.detach().clone() for name, weight in weights.items()}, _own(bench, "_before")
+        metrics = train(bench.scorer, weights.values(), bench.plan().batches(seed), bench.config, seed, bench.on_step)
+        metrics |= own_before | _own(bench)
+        by = moved(weights, start, base.change)
+    _check({name: np.zeros_like(array) for name, array in by.items()}, by)
+    return by, metrics
 
 
 def _own(bench: Bench, when: str = "") -> dict[str, float]:

@@ -10,6 +10,7 @@ from fedtune.config.members import member_config, member_ids, member_of
 from fedtune.errors import ProtocolError, problem
 from fedtune.lora import key_b, layers_of, save_peft
 from fedtune.method import BaseModel, Member
+from fedtune.methods.fedavg import FedAvg, save_change
 from fedtune.rounds import Replica, Round, admit
 from fedtune.tensors import Tensors
 from fedtune.training.encoding import Row
@@ -20,14 +21,18 @@ from fedtune.worker import OnStep
 
 @dataclass(frozen=True)
 class Trained:
-    """An adapter (`layer/A`, `layer/B`), the client it was trained as, and the metrics of its training."""
+    """An adapter (`layer/A`, `layer/B`), or how far weights moved; whose training it was, and its metrics."""
 
     factors: Tensors
     member: Member
     metrics: dict[str, float]
 
     def save(self, config: Config, folder: Path) -> None:
-        """Writes the adapter as a PEFT directory, with its own rank and alpha."""
+        """Writes the adapter as a PEFT directory, with its own rank and alpha; or the change of the weights."""
+        if isinstance(config.method, FedAvg):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_change(folder, self.factors, config.model.name)
+            return
         save_peft(
             folder,
             self.factors,
@@ -79,9 +84,11 @@ def train_with(worker: TorchWorker, config: Config, base: BaseModel, index: int 
     Replica().install(config.method, task, job)
     update = config.method.client_update(job, task.update)
     layers = layers_of(update)
+    if isinstance(config.method, FedAvg):
+        return Trained(update, member, worker.metrics)
     if not layers or not all(key_b(layer) in update for layer in layers):
         want, remedy = (
-            "a method whose update is a LoRA adapter",
+            "a method whose update is a LoRA adapter or how far weights moved",
             "Set method.name to flora, to compare with any of them",
         )
         raise ProtocolError(problem("method.name", want, config.method.name, remedy))

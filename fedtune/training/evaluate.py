@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fedtune.config import Config
 from fedtune.config.schema import DataConfig, TrainingConfig
 from fedtune.lora import load_peft
+from fedtune.methods import fedavg
 from fedtune.methods.fedkseed import FILE
 from fedtune.tensors import Tensors
 from fedtune.training.data import held_out_rows, with_columns
@@ -23,6 +24,7 @@ from fedtune.training.models import choose_device, load_model, resolve_model
 from fedtune.training.packing import Plan
 from fedtune.training.scoring import Scorer
 from fedtune.training.seeded import SeedAdapter
+from fedtune.training.shifting import ShiftedBase, load_change
 from fedtune.training.zo import rebuilt
 
 MAX_CHOICES = 16
@@ -112,9 +114,15 @@ class Evaluator:
         return self.factors({})
 
     def adapter(self, folder: Path) -> dict[str, float]:
-        """Measures the base with a PEFT directory or a FedKSeed export; raises ModelError when it does not fit."""
+        """Measures the base with what a run made: a PEFT directory, or the file of FedKSeed or FedAvg.
+
+        Raises:
+            ModelError: it does not fit.
+        """
         if (folder / FILE).exists():
             return self.seeds(folder)
+        if (folder / fedavg.FILE).exists():
+            return self.change(load_change(folder))
         return self.factors(load_peft(folder))
 
     def seeds(self, folder: Path) -> dict[str, float]:
@@ -126,6 +134,15 @@ class Evaluator:
             return evaluate(self.scorer, self.exam, self.config)
         finally:
             held.reset()
+
+    def change(self, change: Tensors) -> dict[str, float]:
+        """Measures the base with its own weights changed; the base is put back afterwards."""
+        shifted = ShiftedBase(self.merged.model)
+        try:
+            shifted.shift(change)
+            return evaluate(self.scorer, self.exam, self.config)
+        finally:
+            shifted.reset()
 
     def factors(self, factors: Tensors) -> dict[str, float]:
         """Measures the base with B A of `factors` (`layer/A`, `layer/B`) added; the base is put back afterwards."""

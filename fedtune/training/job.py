@@ -10,17 +10,22 @@ from fedtune.method import Member, Part, ZeroOrder
 from fedtune.tensors import Array, Tensors
 from fedtune.training.lora import fresh_factors
 from fedtune.training.merging import MergedBase
+from fedtune.training.shifting import ShiftedBase
 
 
 class Holder(Protocol):
     """What a job needs of the worker that holds the weights."""
 
     base: MergedBase
+    shifted: ShiftedBase
     attached: tuple[LoraSpec, Tensors] | None
     memory: dict[str, Array]
 
     def fit(self, spec: LoraSpec, factors: Tensors, seed: int, frozen: Collection[str] = ()) -> Tensors:
         """Trains an adapter that starts at `factors`, but for the `frozen` sides, and returns its new ones."""
+
+    def fit_weights(self, seed: int) -> Tensors:
+        """Trains the weights that `shifted` names, and returns how far they moved."""
 
     def replay(self, part: Part, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
         """Rebuilds what `part` names from the base, and returns its digest."""
@@ -72,6 +77,18 @@ class TorchJob:
     def train_attached(self, frozen: Collection[str] = ()) -> Tensors:
         """Trains the attached adapter further, but for the `frozen` sides; raises ProtocolError when there is none."""
         return self._worker.fit(*self._attached(), self.seed, frozen)
+
+    def shift(self, change: Tensors) -> None:
+        """Sets each weight that `change` names to base + change, in one rounding."""
+        self._worker.shifted.shift(change)
+
+    def shifted(self) -> Tensors:
+        """Returns the last change that `shift` was given."""
+        return self._worker.shifted.change
+
+    def train_weights(self) -> Tensors:
+        """Trains the weights that `shift` named; the model is left as it was."""
+        return self._worker.fit_weights(self.seed)
 
     def replay(self, part: Part, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
         """Sets what `part` names to base + 2**-exponent * sum_k c_k z_k; returns the SHA-256 of it."""

@@ -4,8 +4,9 @@
         model, loader = my_model(), my_loader(index)
         return OwnWorker(model, my_folder, len(loader), lambda model, seed: my_train(model, loader), shared.seed)
 
-The function gets the model with a LoRA adapter in it, whose factors are the only weights that require a gradient, and
-returns what it measured. It fits every runtime: `fedtune_client.main.run`, and `fedtune.flower.client.client_app`.
+The function gets the model with a LoRA adapter in it, whose factors are the only weights that require a gradient (with
+`fedavg`: the weights that are trained), and returns what it measured. It fits every runtime:
+`fedtune_client.main.run`, and `fedtune.flower.client.client_app`.
 """
 
 from collections.abc import Callable, Collection
@@ -25,6 +26,7 @@ from fedtune.tensors import Array, Tensors
 from fedtune.training.job import TorchJob
 from fedtune.training.lora import injected
 from fedtune.training.merging import MergedBase
+from fedtune.training.shifting import ShiftedBase, moved
 
 TrainFunction: TypeAlias = Callable[[PreTrainedModel, int], dict[str, float]]
 """Trains the weights that require a gradient, in place, with all randomness from the seed; returns its metrics."""
@@ -38,6 +40,7 @@ class OwnWorker:
         examples: rows the function trains on: the weight of this client's update.
         metrics: what the last training returned.
         base: the model, with what has been merged into it.
+        shifted: the model, with how far its own weights are from the base's.
         attached: adapter a method has attached, and its factors.
         memory: what the client keeps between rounds.
     """
@@ -56,6 +59,7 @@ class OwnWorker:
         self.examples = examples
         self.metrics: dict[str, float] = {}
         self.base = MergedBase(model)
+        self.shifted = ShiftedBase(model)
         self.attached: tuple[LoraSpec, Tensors] | None = None
         self.memory: dict[str, Array] = {}
         self._train, self._seed = train, seed
@@ -63,6 +67,7 @@ class OwnWorker:
     def reset(self) -> None:
         """Goes back to the base weights, with nothing attached."""
         self.base.reset()
+        self.shifted.reset()
         self.attached = None
 
     def job(self, method: Method, member: Member, round_number: int) -> TorchJob:
@@ -77,13 +82,23 @@ class OwnWorker:
         """
         with injected(self.base.model, spec, factors, frozen) as adapter:
             before = adapter.factors()
-            self.metrics = {name: float(value) for name, value in self._train(self.base.model, seed).items()}
+            self.metrics = self._called(seed)
             after = adapter.factors()
-        if all(np.array_equal(before[name], after[name]) for name in before):
-            want = "an adapter that the training function changed"
-            remedy = "Train the weights that require a gradient, in place"
-            raise TrainingError(problem("update", want, "the one it was given", remedy))
+        _check(not all(np.array_equal(before[name], after[name]) for name in before))
         return after
+
+    def fit_weights(self, seed: int) -> Tensors:
+        """Calls the function with weights of the model's own to train, and puts them back.
+
+        Raises:
+            TrainingError: the function changed nothing.
+        """
+        with self.shifted.moving() as weights:
+            before = {name: weight.detach().clone() for name, weight in weights.items()}
+            self.metrics = self._called(seed)
+            by = moved(weights, before, self.shifted.change)
+        _check(any(array.any() for array in by.values()))
+        return by
 
     def replay(self, part: Part, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
         """Raises ProtocolError: seed methods train without gradients, in a loop of their own."""
@@ -93,3 +108,13 @@ class OwnWorker:
     def fit_seeds(self, part: Part, pool: Pool, seeds: Coefficients, plan: ZeroOrder, seed: int) -> Array:
         """Raises ProtocolError, as `replay` does before it."""
         raise ProtocolError(problem("a training function of one's own", "an adapter to train", "seeds"))
+
+    def _called(self, seed: int) -> dict[str, float]:
+        return {name: float(value) for name, value in self._train(self.base.model, seed).items()}
+
+
+def _check(changed: bool) -> None:
+    if not changed:
+        want = "weights that the training function changed"
+        remedy = "Train the weights that require a gradient, in place"
+        raise TrainingError(problem("update", want, "those it was given", remedy))

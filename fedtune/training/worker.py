@@ -6,22 +6,26 @@ from functools import partial
 import torch
 
 from fedtune.base import open_base
+from fedtune.capability import Capability
 from fedtune.config import Config, Shared
 from fedtune.directions import Coefficients, Pool
-from fedtune.lora import LoraSpec
-from fedtune.method import Member, Method, Part, ZeroOrder
+from fedtune.errors import ConfigError, problem
+from fedtune.lora import LoraSpec, layers_of
+from fedtune.method import BaseModel, Member, Method, Part, ZeroOrder
 from fedtune.rounds import job_seed
 from fedtune.tensors import Array, Tensors
-from fedtune.training.adapt import Bench, fit_adapter
+from fedtune.training.adapt import Bench, fit_adapter, fit_weights
 from fedtune.training.data import client_rows, own_split, with_columns
 from fedtune.training.encoding import Row, encode_rows
 from fedtune.training.evaluate import Examination, evaluate
 from fedtune.training.job import TorchJob
 from fedtune.training.merging import MergedBase
 from fedtune.training.models import choose_device, load_model, resolve_model
+from fedtune.training.probe import probe
 from fedtune.training.scoring import Scorer
-from fedtune.training.seeded import Seeded, seeded
-from fedtune.training.zo import fit_seeds
+from fedtune.training.seeded import Seeded
+from fedtune.training.shifting import ShiftedBase
+from fedtune.training.zo import fit_seeds, seeded
 from fedtune.worker import OnStep
 
 
@@ -33,20 +37,24 @@ class TorchWorker:
         examples: rows this client trains on.
         metrics: of the last training.
         base: the model, with what has been merged into it.
+        shifted: the model, with how far its own weights are from the base's.
         attached: adapter a method has attached, and its factors.
         memory: what the client keeps between rounds.
     """
 
-    def __init__(self, bench: Bench, base_digest: str, seed: int) -> None:
+    def __init__(self, bench: Bench, base_digest: str, seed: int, low_memory: bool = False) -> None:
         self.base_digest = base_digest
         self.examples = len(bench.rows)
         self.metrics: dict[str, float] = {}
         self.base = MergedBase(bench.scorer.model)
+        self.shifted = ShiftedBase(bench.scorer.model)
         self.attached: tuple[LoraSpec, Tensors] | None = None
         self.memory: dict[str, Array] = {}
         self._replayed: tuple[Part, Seeded] | None = None
+        self._low_memory = low_memory
         self._bench = bench
         self._seed = seed
+        self._stored: BaseModel | None = None
 
     @classmethod
     def open(
@@ -73,7 +81,7 @@ class TorchWorker:
             torch.set_num_threads(config.client.threads)
         rows = client_rows(config, index) if rows is None else rows
         folder = resolve_model(shared.model.name, shared.model.revision)
-        digest = open_base(folder).digest
+        stored = open_base(folder)
         model, tokenizer = load_model(folder, shared.model.dtype, choose_device(config.client.device))
         data, length = with_columns(config.data), shared.training.max_length
         learned, held = own_split(rows, config)
@@ -81,14 +89,24 @@ class TorchWorker:
         exam = Examination.of(held, tokenizer, data, length) if held else None
         measure = partial(evaluate, scorer, exam, shared.training) if exam else None
         bench = Bench(scorer, tokenizer, encoded, shared.training, on_step, measure)
-        return cls(bench, digest, shared.seed)
+        worker = cls(bench, stored.digest, shared.seed, config.client.low_memory)
+        worker._stored = stored
+        return worker
 
     def reset(self) -> None:
         """Goes back to the base weights, with nothing attached."""
         self.base.reset()
+        self.shifted.reset()
         if self._replayed is not None:
             self._replayed[1].reset()
         self.attached = None
+
+    def measure(self, method: Method, member: Member) -> Capability:
+        """Trains for a few steps and forgets them; raises ConfigError for a worker without its stored base."""
+        if self._stored is None:
+            raise ConfigError(problem("worker", "one opened from a model folder", "none", "See TorchWorker.open"))
+        layers = layers_of(method.template(method.init(self._stored, self._seed), member).names)
+        return probe(self._bench, layers, member.rank)
 
     def job(self, method: Method, member: Member, round_number: int) -> TorchJob:
         """Starts one round's turn."""
@@ -98,6 +116,11 @@ class TorchWorker:
         """Trains an adapter and remembers the metrics."""
         trained, self.metrics = fit_adapter(self._bench, spec, factors, seed, frozen)
         return trained
+
+    def fit_weights(self, seed: int) -> Tensors:
+        """Trains the weights that `shifted` names and remembers the metrics."""
+        moved, self.metrics = fit_weights(self._bench, self.shifted, seed)
+        return moved
 
     def replay(self, part: Part, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
         """Rebuilds what `part` names from the base, and returns its digest."""
@@ -110,5 +133,5 @@ class TorchWorker:
 
     def _held(self, part: Part) -> Seeded:
         if self._replayed is None or self._replayed[0] != part:
-            self._replayed = part, seeded(self.base.model, part)
+            self._replayed = part, seeded(self.base.model, part, self._low_memory)
         return self._replayed[1]

@@ -30,6 +30,9 @@ _VARIANTS = [
     "fedavg-lora by adam",
     "ffa-lora by nesterov",
     "fedavg-lora by personal",
+    "fedavg by both ways",
+    "fedavg by feedback",
+    "fedavg by some",
     "flora by warm start",
     "flora by budget",
     "flora by ternary",
@@ -47,10 +50,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "warm start": {"start": "warm", "rank_budget": 6, "energy": 0.99, "clip_norm": 0.5},
     "budget": {"rank": 4, "rank_budget": 16, "server_optimizer.name": "momentum"},
 }
+_OPTIONS["some"] = {"target_modules": ["q_proj", "layers.1"], "server_optimizer": "adam", "uplink": "int8"}
 _OPTIONS["adapter"] = {"train": "lora", "rank": 2, "optimizer": "sign"}
 _OPTIONS["sparse"] = {"train": "sparse", "density": 0.3, "pool": "rademacher", "clip_norm": 1.0, "directions": 2}
 _SMALL: dict[str, dict[str, Any]] = {
-    "fedkseed": {"seeds": 128, "steps": 4, "learning_rate": 1e-4, "eps": 1e-2, "pro": True}
+    "fedkseed": {"seeds": 128, "steps": 4, "learning_rate": 1e-4, "eps": 1e-2, "pro": True},
+    "fedavg": {},
 }
 
 
@@ -124,7 +129,12 @@ def make(tmp_path: Path, toy_folder: Path) -> Callable[..., tuple[Config, Path]]
             "run": {"folder": str(tmp_path / name), "seed": 7},
             "model": {"name": str(toy_folder)},
             "method": {"name": method, **_SMALL.get(method, {"rank": 2}), **_OPTIONS.get(variant, {})},
-            "rounds": {"count": rounds, "min_clients": more.get("min_clients", clients)},
+            "rounds": {
+                "count": rounds,
+                "min_clients": more.get("min_clients", clients),
+                "plan_s": more.get("plan_s", 0),
+            },
+            "client": {"measure": "plan_s" in more},
             "server": {"address": "127.0.0.1:0"},
             "simulation": {"clients": clients, **{k: list(more.get(k, ())) for k in ("ranks", "depths")}},
         }
@@ -165,6 +175,7 @@ def simulated() -> Callable[[Config], Result]:
         def worker(member: Member) -> Worker:
             return open_toy(config, shared, ids.index(member.id))
 
-        return simulate(config.method, base, members, worker, config.rounds.count, shared.seed)
+        plan_s = config.rounds.plan_s
+        return simulate(config.method, base, members, worker, config.rounds.count, shared.seed, plan_s=plan_s)
 
     return play

@@ -12,7 +12,7 @@ from fedtune.tensors import digest
 from fedtune.testing import ToyWorker
 
 MEMBERS = [Member("a"), Member("b"), Member("c")]
-SMALL = {"fedkseed": {"seeds": 128, "steps": 4, "learning_rate": 1e-4, "eps": 1e-2}}
+SMALL = {"fedkseed": {"seeds": 128, "steps": 4, "learning_rate": 1e-4, "eps": 1e-2}, "fedavg": {}}
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

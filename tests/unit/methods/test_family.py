@@ -15,7 +15,7 @@ from fedtune.rounds import Replica, Round
 from fedtune.tensors import DTYPES, digest
 from fedtune.testing import ToyWorker
 
-LORA = sorted(METHODS.keys() - {"fedkseed"})
+LORA = sorted(METHODS.keys() - {"fedkseed", "fedavg"})
 MIXED = {"flora", "flexlora", "florist", "hetlora"}
 
 

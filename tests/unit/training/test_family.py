@@ -12,7 +12,7 @@ from fedtune.tensors import digest
 from fedtune.training.lora import injected
 from fedtune.training.own import OwnWorker
 
-LORA = sorted(METHODS.keys() - {"fedkseed"})
+LORA = sorted(METHODS.keys() - {"fedkseed", "fedavg"})
 MIXED = {"flora", "flexlora", "florist", "hetlora"}
 _IDS = torch.arange(40).reshape(2, 20)
 
