@@ -6,12 +6,10 @@ from functools import partial
 import torch
 
 from fedtune.base import open_base
-from fedtune.capability import Capability
 from fedtune.config import Config, Shared
 from fedtune.directions import Coefficients, Pool
-from fedtune.errors import ConfigError, problem
-from fedtune.lora import LoraSpec, layers_of
-from fedtune.method import BaseModel, Member, Method, Part, ZeroOrder
+from fedtune.lora import LoraSpec
+from fedtune.method import Member, Method, Part, ZeroOrder
 from fedtune.rounds import job_seed
 from fedtune.tensors import Array, Tensors
 from fedtune.training.adapt import Bench, fit_adapter, fit_weights
@@ -21,11 +19,10 @@ from fedtune.training.evaluate import Examination, evaluate
 from fedtune.training.job import TorchJob
 from fedtune.training.merging import MergedBase
 from fedtune.training.models import choose_device, load_model, resolve_model
-from fedtune.training.probe import probe
 from fedtune.training.scoring import Scorer
-from fedtune.training.seeded import Seeded
+from fedtune.training.seeded import Seeded, seeded
 from fedtune.training.shifting import ShiftedBase
-from fedtune.training.zo import fit_seeds, seeded
+from fedtune.training.zo import fit_seeds
 from fedtune.worker import OnStep
 
 
@@ -42,7 +39,7 @@ class TorchWorker:
         memory: what the client keeps between rounds.
     """
 
-    def __init__(self, bench: Bench, base_digest: str, seed: int, low_memory: bool = False) -> None:
+    def __init__(self, bench: Bench, base_digest: str, seed: int) -> None:
         self.base_digest = base_digest
         self.examples = len(bench.rows)
         self.metrics: dict[str, float] = {}
@@ -51,10 +48,8 @@ class TorchWorker:
         self.attached: tuple[LoraSpec, Tensors] | None = None
         self.memory: dict[str, Array] = {}
         self._replayed: tuple[Part, Seeded] | None = None
-        self._low_memory = low_memory
         self._bench = bench
         self._seed = seed
-        self._stored: BaseModel | None = None
 
     @classmethod
     def open(
@@ -81,7 +76,7 @@ class TorchWorker:
             torch.set_num_threads(config.client.threads)
         rows = client_rows(config, index) if rows is None else rows
         folder = resolve_model(shared.model.name, shared.model.revision)
-        stored = open_base(folder)
+        digest = open_base(folder).digest
         model, tokenizer = load_model(folder, shared.model.dtype, choose_device(config.client.device))
         data, length = with_columns(config.data), shared.training.max_length
         learned, held = own_split(rows, config)
@@ -89,9 +84,7 @@ class TorchWorker:
         exam = Examination.of(held, tokenizer, data, length) if held else None
         measure = partial(evaluate, scorer, exam, shared.training) if exam else None
         bench = Bench(scorer, tokenizer, encoded, shared.training, on_step, measure)
-        worker = cls(bench, stored.digest, shared.seed, config.client.low_memory)
-        worker._stored = stored
-        return worker
+        return cls(bench, digest, shared.seed)
 
     def reset(self) -> None:
         """Goes back to the base weights, with nothing attached."""
@@ -100,13 +93,6 @@ class TorchWorker:
         if self._replayed is not None:
             self._replayed[1].reset()
         self.attached = None
-
-    def measure(self, method: Method, member: Member) -> Capability:
-        """Trains for a few steps and forgets them; raises ConfigError for a worker without its stored base."""
-        if self._stored is None:
-            raise ConfigError(problem("worker", "one opened from a model folder", "none", "See TorchWorker.open"))
-        layers = layers_of(method.template(method.init(self._stored, self._seed), member).names)
-        return probe(self._bench, layers, member.rank)
 
     def job(self, method: Method, member: Member, round_number: int) -> TorchJob:
         """Starts one round's turn."""
@@ -133,5 +119,5 @@ class TorchWorker:
 
     def _held(self, part: Part) -> Seeded:
         if self._replayed is None or self._replayed[0] != part:
-            self._replayed = part, seeded(self.base.model, part, self._low_memory)
+            self._replayed = part, seeded(self.base.model, part)
         return self._replayed[1]
