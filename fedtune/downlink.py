@@ -4,20 +4,26 @@
 
 The bytes of the last step lie beside the state, in its private part. A client that holds the version before receives
 just them, any other the whole state.
+
+A state that is a history of stacks takes no steps: each round's stack becomes what its bytes say, and these are kept as
+long as it is. Clients receive them beside empty arrays that say names, shapes and dtypes, with one axis more.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from fedtune import history
 from fedtune.averaging import public
+from fedtune.balance import balanced
 from fedtune.codecs.compression import RESIDUAL, Compression, change, changed
 from fedtune.method import ClientJob
 from fedtune.personal import emptied, is_personal
 from fedtune.tensors import DTYPES, PRIVATE, Array, Manifest, Tensors
 
-STEP = "step"
+STEP, CODE = "step", "code"
 _STEP, _VERSION, _LEFT = PRIVATE + STEP, PRIVATE + "version", PRIVATE + RESIDUAL
+_CODE = PRIVATE + CODE + "-"
 
 
 def taken(state: Tensors, after: Tensors, downlink: Compression) -> Tensors:
@@ -78,3 +84,40 @@ def stepped(before: Tensors, received: Tensors, downlink: Compression) -> Tensor
 def _manifest(factors: Tensors) -> Manifest:
     """Describes factors in the order of their names, which both sides know."""
     return Manifest.of({name: factors[name] for name in sorted(factors)})
+
+
+def coded(number: int, factors: Tensors, downlink: Compression) -> dict[str, Array]:
+    """Returns a round's stack as clients can receive it, under the names of a history, with its bytes."""
+    if downlink.exact:
+        return history.numbered(number, factors)
+    if downlink.codec == "ternary":
+        factors = balanced(factors)
+    manifest = _manifest({name: array for name, array in factors.items() if array.size})
+    code = b"".join(downlink.coder.encode({name: factors[name] for name in manifest.names}, manifest))
+    decoded = history.numbered(number, {**factors, **downlink.coder.decode(code, manifest)})
+    return {**decoded, f"{_CODE}{number:06d}": np.frombuffer(code, np.uint8)}
+
+
+def is_code(name: str) -> bool:
+    """Whether a name in the state is of a stack's bytes."""
+    return name.startswith(_CODE)
+
+
+def folded(past: Tensors, state: Tensors) -> dict[str, Array]:
+    """Puts bytes in the place of stacks, where `state` has them."""
+    codes = {name.removeprefix(_CODE): array for name, array in state.items() if name.startswith(_CODE)}
+    sent = {n: np.empty((0, *a.shape), a.dtype) if n[:6] in codes else a for n, a in past.items()}
+    return {**sent, **{f"{number}/{CODE}": codes[number] for number in sorted({n[:6] for n in past} & codes.keys())}}
+
+
+def unfolded(received: Tensors, downlink: Compression) -> Tensors:
+    """Returns the stacks that `folded` described; raises WireError for bytes that do not fit them."""
+    stacks = {n: a for n, a in received.items() if history.is_past(n)}
+    for name in received:
+        if not history.is_past(name):
+            shells = {n: a for n, a in stacks.items() if n[:6] == name[:6]}
+            plain = {n[7:]: np.broadcast_to(np.zeros((), a.dtype), a.shape[1:]) for n, a in shells.items()}
+            manifest = _manifest({n: a for n, a in plain.items() if a.size})
+            opened = {**plain, **downlink.coder.decode(received[name].data, manifest)}
+            stacks.update({n: opened[n[7:]] for n in shells})
+    return stacks

@@ -102,7 +102,7 @@ def _signs(block: Any, limit: Any, out: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _quotients(places: Any, before: int, shift: int, out: Any) -> int:
+def _quotients(places: Any, before: int, shift: int, out: Any) -> Any:
     largest = (places[0] - before - 1) >> shift
     out[0] = largest
     for i in range(1, places.shape[0]):

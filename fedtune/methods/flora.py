@@ -31,7 +31,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from fedtune import averaging, depth, history, stacking, trust
+from fedtune import averaging, depth, downlink, history, stacking, trust
 from fedtune.balance import balanced
 from fedtune.codecs.compression import Compression, Link
 from fedtune.errors import ConfigError, ProtocolError, problem
@@ -65,6 +65,8 @@ class FLoRA(Method):
         clip_norm: longest change B A of a client, all layers together; longer ones are scaled down; 0 scales none.
         uplink: how updates travel: the name of a codec, or a table of the keys below, without feedback. Factors that
             go by `ternary` are balanced first: the same B A, evenly spread (`fedtune.balance`).
+        downlink: how each round's stack travels, likewise. The coordinator's own stack becomes what it sends. Only
+            with fresh starts and no budget: what is recompressed would be rounded anew in every round.
     """
 
     name: ClassVar[str] = "flora"
@@ -84,11 +86,17 @@ class FLoRA(Method):
     krum_byzantine: int = Field(default=0, ge=0, le=1000)
     clip_norm: float = Field(default=0.0, ge=0)
     uplink: Link = Compression()
+    downlink: Link = Compression()
 
     @model_validator(mode="after")
     def _check(self) -> "FLoRA":
         if self.uplink.feedback:
             raise ValueError("uplink.feedback needs factors that go on from round to round: fedavg-lora has them")
+        if self.downlink.feedback:
+            raise ValueError("downlink.feedback needs factors that go on from round to round: fedavg-lora has them")
+        if not self.downlink.exact and (self.start == "warm" or self.rank_budget):
+            what = "start = 'warm'" if self.start == "warm" else "rank_budget"
+            raise ValueError(f"downlink: {what} sends all rounds anew after each, and would round them anew each time")
         outer = self.server_optimizer
         if not outer.is_linear:
             why = "needs the square of every entry of B A, which a stack does not have: use momentum or nesterov"
@@ -128,7 +136,11 @@ class FLoRA(Method):
 
     def broadcast(self, state: Tensors, since: int) -> Tensors:
         """Sends the stacks of the rounds after `since`, or the whole state where they are no longer apart."""
-        return history.lacking(state, since)
+        return downlink.folded(history.lacking(state, since), state)
+
+    def unpacked(self, job: ClientJob, received: Tensors) -> Tensors:
+        """Decodes compressed stacks."""
+        return downlink.unfolded(received, self.downlink)
 
     def replaces(self, received: Tensors) -> bool:
         """Whether clients merge this into the base alone."""
@@ -201,8 +213,8 @@ class FLoRA(Method):
 
     def _after(self, state: Tensors, number: int, step: dict[str, Array]) -> dict[str, Array]:
         """The history with this round's step: added to it, or in the place of all."""
-        past = {name: array for name, array in state.items() if history.is_past(name)}
-        added = {**past, **history.numbered(number, step)}
+        past = {n: a for n, a in state.items() if history.is_past(n) or downlink.is_code(n)}
+        added = {**past, **downlink.coded(number, step, self.downlink)}
         if self.start == "fresh":
             if not 0 < self.rank_budget < history.rank(added):
                 return added

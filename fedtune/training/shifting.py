@@ -107,6 +107,7 @@ def moved(weights: dict[str, nn.Parameter], before: dict[str, torch.Tensor], nam
 def load_change(folder: Path) -> dict[str, Array]:
     """Reads what `fedtune.methods.fedavg.save_change` wrote; raises ModelError where there is nothing of the kind."""
     try:
-        return load_file(folder / FILE)
+        change: dict[str, Array] = load_file(folder / FILE)
     except (OSError, SafetensorError) as error:
         raise ModelError(problem(str(folder / FILE), "the change that a FedAvg run made", error)) from error
+    return change

@@ -36,6 +36,7 @@ _VARIANTS = [
     "flora by warm start",
     "flora by budget",
     "flora by ternary",
+    "flora by small stacks",
     "fedkseed by adapter",
     "fedkseed by sparse",
 ]
@@ -50,6 +51,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "warm start": {"start": "warm", "rank_budget": 6, "energy": 0.99, "clip_norm": 0.5},
     "budget": {"rank": 4, "rank_budget": 16, "server_optimizer.name": "momentum"},
 }
+_OPTIONS["small stacks"] = {"uplink": "int4", "downlink.codec": "ternary", "downlink.density": 0.3}
 _OPTIONS["some"] = {"target_modules": ["q_proj", "layers.1"], "server_optimizer": "adam", "uplink": "int8"}
 _OPTIONS["adapter"] = {"train": "lora", "rank": 2, "optimizer": "sign"}
 _OPTIONS["sparse"] = {"train": "sparse", "density": 0.3, "pool": "rademacher", "clip_norm": 1.0, "directions": 2}
