@@ -4,24 +4,30 @@ Each is a process of its own on one thread: it opens a worker on rows of 64 toke
 its own it held at most (`anon`: what is neither mapped from a file nor shared, sampled every 10 ms), in MiB. Weights
 mapped from the base's file are counted apart (`file`): every process on a machine shares them, and the system takes
 them back when it must.
+
+The second table is what a step takes (process CPU time): of a client with little memory, more and more, since it takes
+all earlier steps of its turn again.
 """
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+from itertools import pairwise
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from _table import Row, options, report
 
-WAYS = ("inference", "fedkseed", "fedkseed-lora", "lora")
+WAYS = ("inference", "fedkseed", "fedkseed-low", "fedkseed-lora", "lora")
 
 
-def sampled(done: threading.Event, most: dict[str, int]) -> None:
+def sampled(done: threading.Event, most: dict[str, float]) -> None:
     """Keeps the largest RssAnon and RssFile of this process, in KiB."""
     while not done.wait(0.01):
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -30,8 +36,8 @@ def sampled(done: threading.Event, most: dict[str, int]) -> None:
                 most[name] = max(most.get(name, 0), int(value.split()[0]))
 
 
-def work(way: str, model: str) -> dict[str, int]:
-    """Works one way and returns what it took."""
+def work(way: str, model: str, steps: int) -> dict[str, float]:
+    """Works one way and returns what it took: KiB, and milliseconds of an early and of the last steps."""
     import torch
 
     from fedtune.config import Shared, parse
@@ -46,44 +52,46 @@ def work(way: str, model: str) -> dict[str, int]:
         rows.write_text("text\n" + "".join(f"{n} " + "some words that fill a row " * 12 + "\n" for n in range(20)))
         config = parse({
             "model": {"name": model}, "data": {"name": str(rows), "text": "text"},
-            "training": {"batch_size": 1, "max_length": 64, "steps": 4, "packing": False},
+            "training": {"batch_size": 1, "max_length": 64, "steps": steps, "packing": False},
+            "client": {"low_memory": way == "fedkseed-low"},
         })  # fmt: skip
         shared = Shared.of(config)
-        worker = TorchWorker.open(config, shared)
+        ends: list[float] = []
+        worker = TorchWorker.open(config, shared, on_step=lambda *_: ends.append(time.process_time()))
     method: FedKSeed | FedAvgLoRA = FedAvgLoRA(rank=16)
     if way.startswith("fedkseed"):
-        method = FedKSeed(steps=4, learning_rate=1e-6, train="lora" if way == "fedkseed-lora" else "all")
+        method = FedKSeed(steps=steps, learning_rate=1e-6, train="lora" if way == "fedkseed-lora" else "all")
     from fedtune.base import open_base
     from fedtune.training.models import resolve_model
 
     state = method.init(open_base(resolve_model(model)), 1)
     task, member = Round(method, state, 1).task(method.admit(Member("a"))), method.admit(Member("a"))
-    most: dict[str, int] = {}
+    most: dict[str, float] = {}
     done = threading.Event()
     watch = threading.Thread(target=sampled, args=(done, most))
     watch.start()
     if way == "inference":
         with torch.inference_mode():
-            for _ in range(4):
+            for _ in range(steps):
                 worker.base.model(input_ids=torch.arange(64)[None])
     else:
         b"".join(turn(method, task, worker.job(method, member, 1), Replica()))
     done.set()
     watch.join()
-    return most
+    took = [1e3 * (after - before) for before, after in pairwise(ends)] or [0.0]
+    return {**most, "early": statistics.median(took[:4]), "late": statistics.median(took[-4:])}
 
 
 def main() -> None:
     if len(sys.argv) > 2 and sys.argv[1] == "--work":
-        print(json.dumps(work(sys.argv[2], sys.argv[3])))
+        print(json.dumps(work(sys.argv[2], sys.argv[3], int(sys.argv[4]))))
         return
     arguments = options(__doc__)
     model = "tiny" if arguments.quick else "smollm2-135m"
-    held = {}
+    steps, held = (8, {}) if arguments.quick else (40, {})
     for way in WAYS:
-        said = subprocess.run(
-            [sys.executable, __file__, "--work", way, model], check=True, capture_output=True, text=True
-        )
+        command = [sys.executable, __file__, "--work", way, model, str(steps)]
+        said = subprocess.run(command, check=True, capture_output=True, text=True)
         held[way] = json.loads(said.stdout.splitlines()[-1])
     rows = [
         Row(
@@ -93,6 +101,15 @@ def main() -> None:
         for way, most in held.items()
     ]  # fmt: skip
     report(f"Memory of a client, {model}, one sequence of 64 tokens", rows, arguments.json)
+    times = [
+        Row(
+            f"{way}, {when} steps of {steps}", held[way][when], "ms", limit=held["fedkseed"][when],
+            note="limit: with a copy of the weights",
+        )
+        for way in ("fedkseed", "fedkseed-low")
+        for when in ("early", "late")
+    ]  # fmt: skip
+    report("A step", times)
 
 
 if __name__ == "__main__":

@@ -115,10 +115,16 @@ def check_finite(array: Array, name: str) -> None:
 
 def leaf_digest(name: str, array: Array) -> bytes:
     """SHA-256 of one named array: name, dtype, shape and little-endian bytes (32 bytes)."""
-    head = name.encode()
-    shape = struct.pack(f"<{1 + array.ndim}Q", array.ndim, *array.shape)
-    sha = hashlib.sha256(_LEAF + struct.pack("<Q", len(head)) + head + dtype_name(array).encode() + b"\0" + shape)
-    sha.update(as_bytes(array))
+    return leaf_of(TensorSpec(name, array.shape, dtype_name(array)), [as_bytes(array)])
+
+
+def leaf_of(spec: TensorSpec, pieces: Iterable[memoryview]) -> bytes:
+    """`leaf_digest` of an array that comes as the bytes of one piece after another."""
+    head = spec.name.encode()
+    shape = struct.pack(f"<{1 + len(spec.shape)}Q", len(spec.shape), *spec.shape)
+    sha = hashlib.sha256(_LEAF + struct.pack("<Q", len(head)) + head + spec.dtype.encode() + b"\0" + shape)
+    for piece in pieces:
+        sha.update(piece)
     return sha.digest()
 
 

@@ -65,11 +65,12 @@ class Line:
     Attributes:
         pool: the directions.
         backend: computes them.
-        weights: flat, float32 or float64.
+        weights: flat, float32 or float64; or what makes them when a slice is taken.
         first: where they begin in the pool.
         left_out: of so many weights from a place on, says which ones never move; None: all do.
         place: where `weights` begin in the tensor.
         due: moves that are not made yet.
+        anew: `weights` are as at the start whenever they are asked for, so moves stay due.
     """
 
     pool: Pool
@@ -79,6 +80,7 @@ class Line:
     left_out: Callable[[int, int], Any] | None = None
     place: int = 0
     due: list[Move] = field(default_factory=list)
+    anew: bool = False
 
     def spread(self, k: int, scales: Sequence[float], outs: Any, span: slice = slice(None)) -> None:
         """Makes the moves that are due in a span of whole tiles, then sets `outs[j]` to weights + scales[j] * z_k.
@@ -96,11 +98,14 @@ class Line:
                 put_back(changed, before, left)
 
     def arrived(self) -> None:
-        """Forgets the moves that were due: they are made."""
-        self.due.clear()
+        """Forgets the moves that were due, if they are made for good."""
+        if not self.anew:
+            self.due.clear()
 
     def settle(self) -> None:
         """Makes the moves that are due, some tiles at a time."""
+        if self.anew:
+            return
         for start in range(0, len(self.weights) if self.due else 0, _SETTLED):
             weights = self.weights[start : start + _SETTLED]
             before = copied(weights) if self.left_out else weights

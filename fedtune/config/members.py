@@ -40,6 +40,7 @@ def member_config(config: Config, index: int, address: str) -> Config:
         folder=config.run.folder / "clients" / name,
         device=config.client.device,
         threads=simulation.threads,
+        low_memory=config.client.low_memory,
         ca=config.client.ca,
         cert=config.client.cert,
         key=config.client.key,

@@ -218,6 +218,8 @@ class ClientConfig:
         folder: where this client keeps what it has not yet handed in.
         device: `cpu`, `cuda`, `cuda:1`, or `auto` for the first GPU there is.
         threads: arithmetic threads; 0 leaves it to torch.
+        low_memory: tune a model's own weights without a copy of them, where the method can (`fedkseed`): slower, the
+            same bits.
         ca: the authority that signed the coordinator's certificate (PEM file).
         cert, key: this client's certificate chain and private key (PEM files).
         insecure: connect to another machine without TLS: only on a network you trust.
@@ -231,6 +233,7 @@ class ClientConfig:
     folder: Path = Path("runs/client")
     device: str = "auto"
     threads: int = Field(default=0, ge=0)
+    low_memory: bool = False
     ca: Path | None = None
     cert: Path | None = None
     key: Path | None = None

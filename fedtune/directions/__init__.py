@@ -23,8 +23,8 @@ at offset o is bit o // 128 of word o % 128, counted from the lowest; 0 is +1 an
 integer; it is scaled and added in float64 and rounded once, through float32 for narrower weights. So the order of
 seeds, tiles and threads cannot matter, and every processor gives the same bits.
 
-Backends with the same four functions `replay`, `perturb`, `advance`, `spread`: `reference` (numpy, plain), `cpu` (numba),
-`portable` (torch, any device), `gpu` (Triton).
+Backends with the same four functions `replay`, `perturb`, `advance`, `spread`: `reference` (numpy, plain), `cpu`
+(numba), `portable` (torch, any device), `gpu` (Triton).
 """
 
 from fedtune.directions.pool import KINDS, TILE, Coefficients, Move, Pool, layout

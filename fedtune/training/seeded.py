@@ -8,6 +8,7 @@ the same bits: a weight of 8 or 24 bits has forgotten what its last rounding cut
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
@@ -20,7 +21,6 @@ from transformers import PreTrainedModel
 
 from fedtune.directions import Coefficients, Pool, layout
 from fedtune.lora import LoraSpec, key_a
-from fedtune.method import Part
 from fedtune.sparse import Smallest
 from fedtune.tensors import leaf_digest, root_digest
 from fedtune.training.lora import fresh_factors, injected
@@ -47,11 +47,47 @@ class Seeded(Protocol):
         """Opens a context in which the parameters are in the model and its weights may move; yields their lines."""
 
 
-def seeded(model: PreTrainedModel, part: Part) -> Seeded:
-    """Returns what of a model a seed method tunes."""
-    if part.lora:
-        return SeedAdapter(model, part.lora, part.seed)
-    return SeedModel(model, part.density if part.kind == "sparse" else None)
+@dataclass(frozen=True)
+class Origin:
+    """One tensor of the base: what its weights are rebuilt from.
+
+    Attributes:
+        base: the tensor.
+        first: where it begins in a pool.
+        moving: the weights that move; None: all do.
+    """
+
+    base: Tensor
+    first: int
+    moving: Smallest | None = None
+
+    def rebuild(self, replayed: Replayed, out: Any, span: slice = slice(None)) -> None:
+        """Sets `out` to a span of whole tiles of base + 2**-exponent * sum_k c_k z_k; what does not move stays."""
+        source, begin = flat(self.base)[span], span.start or 0
+        backend(self.base).replay(*replayed, source, self.first + begin, out)
+        for start in range(0, len(out), _SPAN) if self.moving else ():
+            part = slice(start, start + _SPAN)
+            put_back(out[part], source[part], self.moving.left_out(begin + start, len(out[part])))
+
+    def line(self, pool: Pool, weights: Any, *, anew: bool = False) -> Line:
+        """Returns `weights` on their way along directions of `pool`."""
+        left_out = self.moving.left_out if self.moving else None
+        return Line(pool, backend(self.base), weights, self.first, left_out, anew=anew)
+
+
+def origins(model: nn.Module, density: float | None) -> dict[str, Origin]:
+    """Returns the tensors of a model by name, in order; tied ones count once.
+
+    Args:
+        model: as it is now.
+        density: which fraction of each tensor moves, its smallest weights; None: all.
+    """
+    base = {name: weight.data.contiguous() for name, weight in sorted(model.named_parameters())}
+    first = layout({name: weight.numel() for name, weight in base.items()})
+    if density is None:
+        return {name: Origin(weight, first[name]) for name, weight in base.items()}
+    moving = {name: Smallest.of(flat(weight), flat(weight.cpu()), density) for name, weight in base.items()}
+    return {name: Origin(weight, first[name], moving[name]) for name, weight in base.items()}
 
 
 class SeedModel:
@@ -62,12 +98,8 @@ class SeedModel:
 
     def __init__(self, model: nn.Module, density: float | None = None) -> None:
         self._weights = dict(sorted(model.named_parameters()))
-        self._base = {name: weight.data.contiguous() for name, weight in self._weights.items()}
-        self._first = layout({name: weight.numel() for name, weight in self._base.items()})
-        self._moving: dict[str, Smallest] = {}
+        self._origins = origins(model, density)
         self._replayed: Replayed | None = None
-        for name, base in self._base.items() if density is not None else ():
-            self._moving[name] = Smallest.of(flat(base), flat(base.cpu()), density or 0.0)
 
     def replay(self, pool: Pool, coefficients: Coefficients, exponent: int) -> bytes:
         """Sets the weights to base + 2**-exponent * sum_k c_k z_k, rounded once; returns the model's digest."""
@@ -82,7 +114,7 @@ class SeedModel:
         """Puts the base back."""
         self._replayed = None
         for name, weight in self._weights.items():
-            weight.data = self._base[name]
+            weight.data = self._origins[name].base
 
     @contextmanager
     def walk(self, pool: Pool) -> Iterator[dict[nn.Parameter, Line]]:
@@ -99,8 +131,7 @@ class SeedModel:
                 wide = before[name]
                 if again is None or wide.dtype not in (torch.float32, torch.float64):
                     wide = wide.to(torch.promote_types(wide.dtype, torch.float32), copy=True)
-                left_out = self._moving[name].left_out if self._moving else None
-                lines[weight] = Line(pool, backend(wide), flat(wide), self._first[name], left_out)
+                lines[weight] = self._origins[name].line(pool, flat(wide))
             yield lines
         finally:
             for name, weight in self._weights.items():
@@ -110,16 +141,11 @@ class SeedModel:
 
     def _rebuild(self, replayed: Replayed) -> None:
         self._replayed = replayed
-        pool, coefficients, exponent = replayed
         for name, weight in self._weights.items():
-            base = self._base[name]
+            base = self._origins[name].base
             if weight.data.data_ptr() == base.data_ptr():
                 weight.data = torch.empty_like(base)
-            source, out = flat(base), flat(weight.data)
-            backend(base).replay(pool, coefficients, exponent, source, self._first[name], out)
-            for start in range(0, len(out) if self._moving else 0, _SPAN):
-                span = slice(start, start + _SPAN)
-                put_back(out[span], source[span], self._moving[name].left_out(start, len(out[span])))
+            self._origins[name].rebuild(replayed, flat(weight.data))
 
 
 class SeedAdapter:

@@ -20,9 +20,9 @@ from fedtune.training.job import TorchJob
 from fedtune.training.merging import MergedBase
 from fedtune.training.models import choose_device, load_model, resolve_model
 from fedtune.training.scoring import Scorer
-from fedtune.training.seeded import Seeded, seeded
+from fedtune.training.seeded import Seeded
 from fedtune.training.shifting import ShiftedBase
-from fedtune.training.zo import fit_seeds
+from fedtune.training.zo import fit_seeds, seeded
 from fedtune.worker import OnStep
 
 
@@ -39,7 +39,7 @@ class TorchWorker:
         memory: what the client keeps between rounds.
     """
 
-    def __init__(self, bench: Bench, base_digest: str, seed: int) -> None:
+    def __init__(self, bench: Bench, base_digest: str, seed: int, low_memory: bool = False) -> None:
         self.base_digest = base_digest
         self.examples = len(bench.rows)
         self.metrics: dict[str, float] = {}
@@ -48,6 +48,7 @@ class TorchWorker:
         self.attached: tuple[LoraSpec, Tensors] | None = None
         self.memory: dict[str, Array] = {}
         self._replayed: tuple[Part, Seeded] | None = None
+        self._low_memory = low_memory
         self._bench = bench
         self._seed = seed
 
@@ -84,7 +85,7 @@ class TorchWorker:
         exam = Examination.of(held, tokenizer, data, length) if held else None
         measure = partial(evaluate, scorer, exam, shared.training) if exam else None
         bench = Bench(scorer, tokenizer, encoded, shared.training, on_step, measure)
-        return cls(bench, digest, shared.seed)
+        return cls(bench, digest, shared.seed, config.client.low_memory)
 
     def reset(self) -> None:
         """Goes back to the base weights, with nothing attached."""
@@ -119,5 +120,5 @@ class TorchWorker:
 
     def _held(self, part: Part) -> Seeded:
         if self._replayed is None or self._replayed[0] != part:
-            self._replayed = part, seeded(self.base.model, part)
+            self._replayed = part, seeded(self.base.model, part, self._low_memory)
         return self._replayed[1]

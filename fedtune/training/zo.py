@@ -22,10 +22,11 @@ from fedtune.methods.fedkseed import FILE
 from fedtune.tensors import Array
 from fedtune.training.adapt import Bench
 from fedtune.training.encoding import Encoded
+from fedtune.training.frugal import FrugalModel
 from fedtune.training.loop import autocast
 from fedtune.training.packing import Batch, collate
 from fedtune.training.scoring import TOLERANCE, Scorer
-from fedtune.training.seeded import Seeded, seeded
+from fedtune.training.seeded import SeedAdapter, Seeded, SeedModel
 from fedtune.training.streaming import Losses, Streamed, array, streaming
 from fedtune.zo import Line, PlainWalk, Walk, train
 
@@ -35,6 +36,14 @@ TOGETHER = 1024
 """Tokens a batch up to which two looks share a forward pass; larger ones gain nothing from it, and it takes room."""
 _MISFITS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError)
 _FAR = (1e-2, -1e-2)  # far enough for a loss to show
+
+
+def seeded(model: PreTrainedModel, part: Part, low_memory: bool = False) -> Seeded:
+    """Returns what of a model a seed method tunes; with `low_memory`, without a copy of its weights."""
+    if part.lora:
+        return SeedAdapter(model, part.lora, part.seed)
+    density = part.density if part.kind == "sparse" else None
+    return FrugalModel(model, density) if low_memory else SeedModel(model, density)
 
 
 def fit_seeds(

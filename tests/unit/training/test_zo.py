@@ -21,6 +21,7 @@ from fedtune.training import seeded as built  # noqa: E402
 from fedtune.training import streaming, zo  # noqa: E402
 from fedtune.training.adapt import Bench  # noqa: E402
 from fedtune.training.encoding import Encoded  # noqa: E402
+from fedtune.training.frugal import FrugalModel  # noqa: E402
 from fedtune.training.lora import injected  # noqa: E402
 from fedtune.training.merging import MergedBase  # noqa: E402
 from fedtune.training.packing import collate  # noqa: E402
@@ -129,7 +130,7 @@ def test_the_scalar_is_the_gradient_along_the_direction():
     bench.scorer(part).mean().backward()
     slope = 0.0
     for name, weight in sorted(model.named_parameters()):
-        z = reference.direction(POOL, 9, held._first[name], weight.numel())
+        z = reference.direction(POOL, 9, held._origins[name].first, weight.numel())
         slope += float(weight.grad.reshape(-1).numpy() @ z)
     assert scalars[0] == pytest.approx(slope, rel=3e-3)  # the loss is a float32
 
@@ -159,9 +160,9 @@ def test_the_first_steps_agree_with_steps_by_hand():
 
     def loss(moves, part):
         for name, weight in held._weights.items():
-            flat = held._base[name].view(-1).numpy().astype(np.float64)
+            flat = held._origins[name].base.view(-1).numpy().astype(np.float64)
             for k, scale in moves:
-                flat = flat + scale * reference.direction(POOL, k, held._first[name], flat.size)
+                flat = flat + scale * reference.direction(POOL, k, held._origins[name].first, flat.size)
             weight.data = torch.from_numpy(flat.astype(np.float32)).view(weight.shape)
         with torch.no_grad():
             return float(bench.scorer(part).sum()) / len(part.at)
@@ -254,6 +255,41 @@ def test_a_module_that_mixes_the_batch_is_looked_at_one_look_at_a_time():
     model.model.layers[0].mlp.forward = lambda x: plain(x.flip(0)).flip(0)
     with torch.inference_mode(), SeedModel(model).walk(POOL) as lines:
         assert zo.how(Scorer(model), lines) == "apart"
+
+
+@pytest.mark.parametrize("make", [_model, _gpt2, _untied, lambda: _model(torch.bfloat16)])
+@pytest.mark.parametrize(("kind", "density"), [("hadamard", None), ("gaussian", None), ("rademacher", 0.3)])
+def test_a_client_with_little_memory_has_the_same_bits(monkeypatch, make, kind, density):
+    """Chunks of one tile, and more steps than a table leaves due."""
+    monkeypatch.setattr(streaming, "CHUNK", TILE)
+    pool, plan = Pool(kind, 3, 256), ZeroOrder(20, 2, 1e-2, 1e-3, "conservative")
+    seeds, ends = np.random.default_rng(5).integers(0, 256, 40).astype(np.int32), []
+    for kept in (SeedModel, FrugalModel):
+        model = make()
+        base, held, turns = _hash(model), kept(model, density), []
+        turns.append(zo.fit_seeds(_bench(model), held, pool, seeds[:4], replace(plan, steps=2), 0)[0].tobytes())
+        turns.append(held.replay(pool, _coefficients(pool), 30))
+        turns.append(zo.fit_seeds(_bench(model), held, pool, seeds, plan, 0)[0].tobytes())
+        turns.append(held.digest())
+        ends.append(turns)
+        assert (_hash(model) == base) == (kept is FrugalModel)
+        held.reset()
+        assert held.digest() == SeedModel(make(), density).digest() != turns[-1]
+    assert ends[0] == ends[1]
+
+
+def test_a_client_with_little_memory_makes_all_weights_where_a_module_needs_them():
+    got = []
+    for kept in (SeedModel, FrugalModel):
+        model = _model()
+        head = model.lm_head
+        model.lm_head = torch.nn.Module()
+        model.lm_head.forward = lambda x, head=head: torch.nn.functional.linear(x, head.weight)
+        base, held = _hash(model), kept(model)
+        plan, seeds = ZeroOrder(3, 1, 1e-2, 1e-3), np.arange(3, dtype=np.int32)
+        got.append(zo.fit_seeds(_bench(model), held, POOL, seeds, plan, 0)[0].tobytes())
+        assert _hash(model) == base
+    assert got[0] == got[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

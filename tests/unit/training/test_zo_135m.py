@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def test_one_digest_for_threads_blocks_and_backends(monkeypatch, tmp_path):
     assert len(set(digests.values())) == 1, digests
     assert held.digest() != SeedModel(_base()).digest()
 
-    base, first = held._base[line].view(-1).numpy()[: 2 * TILE].copy(), held._first[line]
+    base, first = held._origins[line].base.view(-1).numpy()[: 2 * TILE].copy(), held._origins[line].first
     _check_two_tiles(c, base, first, rebuilt, tmp_path)
 
 
@@ -93,8 +94,11 @@ def _check_two_tiles(c, base, first, rebuilt, tmp_path):
         assert np.load(tmp_path / "out.npy").tobytes() == want.tobytes()
 
 
-def _federated(model: str, folder: Path, **options) -> None:
-    """A run, after which every client, and one that comes late, rebuilds the model and says what it has."""
+def _federated(model: str, folder: Path, low_memory: str = "", **options) -> list[str]:
+    """A run, after which every client, and one that comes late, rebuilds the model and says what it has.
+
+    Returns the digest of each round. Clients in `low_memory` hold no copy of the weights.
+    """
     config = parse(
         {
             "run": {"folder": str(folder), "seed": 4},
@@ -106,7 +110,8 @@ def _federated(model: str, folder: Path, **options) -> None:
     )
     (folder / "data.csv").write_text("text\n" + "".join(f"row {i} says a few words\n" for i in range(30)))
     shared, base = Shared.of(config), open_base(resolve_model(model))
-    workers = {name: TorchWorker.open(config, shared) for name in "abc"}
+    own = {name: replace(config, client=replace(config.client, low_memory=name in low_memory)) for name in "abc"}
+    workers = {name: TorchWorker.open(own[name], shared) for name in "abc"}
     members = [Member("a"), Member("b")]
     result = simulate(shared.method, base, members, lambda m: workers[m.id], 2, shared.seed)
     assert [closed.notes for closed in result.rounds] == [{}, {}]  # nobody disagreed on the way
@@ -117,11 +122,19 @@ def _federated(model: str, folder: Path, **options) -> None:
         digests.add(update[-32:])
     assert len(digests) == 1
     assert digests != {SeedModel(load_model(resolve_model(model), "float32", torch.device("cpu"))[0]).digest()}
+    return [closed.digest for closed in result.rounds]
 
 
 @pytest.mark.parametrize("train", ["all", "sparse", "lora"])
 def test_after_a_run_every_client_has_the_same_model(tmp_path, train):
     _federated("tiny", tmp_path, train=train)
+
+
+@pytest.mark.parametrize("train", ["all", "sparse"])
+def test_clients_with_little_memory_change_no_bit_of_a_run(tmp_path, train):
+    """Beside others, and alone: the coordinator's state is the same, so are the models."""
+    runs = [_federated("tiny", tmp_path, low_memory, train=train) for low_memory in ("", "bc", "abc")]
+    assert runs[0] == runs[1] == runs[2]
 
 
 @pytest.mark.slow
