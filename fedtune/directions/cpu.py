@@ -71,12 +71,12 @@ def advance(pool: Pool, moves: Sequence[Move], weights: Array, first: int, threa
         return
     double = weights.dtype == np.float64
     ks = np.array([k for k, _ in moves], np.int64)
-    bits = _bits(np.array([step_of(pool, change, double) for _, change in moves], np.float64), double)
+    changes = np.array([step_of(pool, change, double) for _, change in moves], weights.dtype)
     patterns = np.stack([_NO_PATTERN, *(_pattern(pool, k) for k, _ in moves)])[1:]
     size = pool.size if pool.kind == "hadamard" else 0
 
     def signs(source: Array, tile: int, _: Array) -> None:
-        advance_signs(*pool.keys, size, ks, bits, patterns, source, tile)
+        advance_signs(*pool.keys, size, ks, changes, patterns, source, tile)
 
     _over(signs, weights, first, weights, threads)
 

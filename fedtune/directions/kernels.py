@@ -167,10 +167,9 @@ def advance_signs(
 ) -> None:
     """Adds +- change to `weights` in place, one direction after another: a tile stays in the cache meanwhile.
 
-    `changes` (M,) are bits as in `spread_signs`; `patterns` (M, 128).
+    `changes` (M,) are of the dtype of `weights`; `patterns` (M, 128).
     """
-    d, w, due = np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint32), np.empty(WORDS, changes.dtype)
-    moves = due.view(weights.dtype)
+    d, w = np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint32)
     for start in range(0, weights.shape[0], TILE):
         here = tile + start // TILE
         if size:
@@ -178,10 +177,9 @@ def advance_signs(
         for n in range(ks.shape[0]):
             sign_words(key0, key1, ks[n], patterns[n], size, here, d, w)
             for r in range(min(ROWS, (weights.shape[0] - start + WORDS - 1) // WORDS)):
-                flip(w, r, changes[n], due)
                 x = weights[start + r * WORDS : start + (r + 1) * WORDS]
                 for v in range(x.shape[0]):
-                    x[v] += moves[v]
+                    x[v] += -changes[n] if np.int32(w[v] << np.uint32(31 - r)) < 0 else changes[n]
 
 
 @njit(nogil=True, inline="always")
