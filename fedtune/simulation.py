@@ -7,6 +7,7 @@ for bit, as a coordinator with client programs.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fedtune.capability import planned
 from fedtune.codecs import raw
 from fedtune.errors import ModelError, problem
 from fedtune.method import BaseModel, Member, Method
@@ -57,6 +58,7 @@ def simulate(
     rounds: int,
     seed: int,
     on_round: Callable[[RoundResult], None] | None = None,
+    plan_s: float = 0.0,
 ) -> Result:
     """Runs all `rounds` with every member in each of them.
 
@@ -68,12 +70,17 @@ def simulate(
         rounds: how many.
         seed: of the run; workers must draw from the same one.
         on_round: told of each closed round.
+        plan_s: seconds that a round should take each client; workers then measure what they can. 0 plans nothing.
 
     Raises:
         ModelError: a worker holds another base model.
     """
-    clients = [_open(admit(method, member), base, open_worker) for member in members]
     state = method.init(base, seed)
+    clients = [_open(admit(method, member), base, open_worker) for member in members]
+    if plan_s:
+        for client, stated in zip(clients, members, strict=True):
+            able = client.worker.measure(method, client.member)
+            client.member = planned(method, state, stated, able, plan_s)
     results: list[RoundResult] = []
     for number in range(1, rounds + 1):
         results.append(_play(Round(method, state, number), clients))

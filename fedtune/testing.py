@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from fedtune.base import open_base
+from fedtune.capability import Capability, Cost
 from fedtune.config import Config, Shared
 from fedtune.directions import Coefficients, Pool, layout, reference
 from fedtune.errors import ProtocolError, problem
@@ -180,6 +181,11 @@ class ToyWorker:
             factors[key_a(layer)] = kaiming_uniform(rng, part.lora.rank, inputs)
             factors[key_b(layer)] = np.zeros((outputs, part.lora.rank), np.float32)
         return factors
+
+    def measure(self, method: Method, member: Member) -> Capability:
+        """States what its number of examples says: the more, the slower."""
+        slow = self.examples / 10
+        return Capability(Cost(slow, slow, slow / 8), Cost(0.0, 1.0, 0.0), room=10.0)
 
     def job(self, method: Method, member: Member, round_number: int) -> ToyJob:
         """Starts one round's turn."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from fedtune.capability import Capability
 from fedtune.method import ClientJob, Member, Method
 
 OnStep = Callable[[int, int, float], None]
@@ -22,6 +23,12 @@ class Worker(Protocol):
 
     def reset(self) -> None:
         """Puts the weights back to the base, with nothing merged or attached."""
+
+    def measure(self, method: Method, member: Member) -> Capability:
+        """Finds out what this client can do in a run of `method`, admitted as `member`, with a few steps of training.
+
+        It is called before anything is installed, and leaves the worker as it was.
+        """
 
     def job(self, method: Method, member: Member, round_number: int) -> ClientJob:
         """Starts the client's turn in one round."""

@@ -8,16 +8,18 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeAlias
 
 import grpc
 
 from fedtune import __version__, wire
+from fedtune.capability import Capability
 from fedtune.config import Config, Shared
 from fedtune.errors import ConfigError, ModelError, ProtocolError, RoundError, UnavailableError, problem
 from fedtune.method import Member
+from fedtune.wire.convert import capability_to_proto
 from fedtune.wire.v1 import coordinator_pb2 as pb
 from fedtune.worker import OnStep, Worker
 from fedtune_client.channel import is_loopback, open_channel
@@ -184,6 +186,7 @@ class Session:
                 "where this client's own model.name says that they are"
             )
             raise ModelError(problem("base model: digest", terms.base_digest, worker.base_digest, remedy))
+        able = self._measured(worker, terms)
         self._turns = Turns(
             terms,
             worker,
@@ -195,7 +198,19 @@ class Session:
             failed=self._fail,
         )
         digest = terms.shared.digest()
-        return pb.Ready(settings_digest=digest, base_digest=worker.base_digest, examples=worker.examples)
+        ready = pb.Ready(settings_digest=digest, base_digest=worker.base_digest, examples=worker.examples)
+        if able is not None:
+            ready.capability.CopyFrom(capability_to_proto(able))
+        return ready
+
+    def _measured(self, worker: Worker, terms: Terms) -> Capability | None:
+        """What this machine can do, if it is to say so; the clients of one machine measure one after another."""
+        if not (self._client.measure and terms.shared.method.takes_depth):
+            return None
+        with self._gate():
+            able = worker.measure(terms.shared.method, terms.member)
+        self._log.event("measured", "measured what this machine can do", **asdict(able))
+        return able
 
     def _with_own_model(self, shared: Shared) -> Shared:
         """Puts this machine's copy of the model, if its own `model.name` is a folder, in place of the shared name."""

@@ -12,10 +12,11 @@ from pydantic_core import ErrorDetails
 
 from fedtune.codecs.compression import Compression
 from fedtune.config.schema import Config
-from fedtune.errors import ConfigError
-from fedtune.method import Method
+from fedtune.errors import ConfigError, ProtocolError
+from fedtune.method import Member, Method
 from fedtune.methods import METHODS, FLoRA
 from fedtune.outer import ServerOptimizer
+from fedtune.rounds import admit
 
 _DORA = (
     "DoRA is not supported: its magnitudes divide by the norm of W + B A, so no stack or mean of clients' factors is "
@@ -63,6 +64,7 @@ def parse(raw: dict[str, Any], source: str = "configuration") -> Config:
         if certain < least:
             why = f"{least} updates a round (min_clients, times quorum), so that robust folding can compare clients"
             faults.append(f"rounds.min_clients: expected enough for {why}, got {certain}")
+        faults += _plan(config)
     if faults:
         head = f"{source}: {len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise ConfigError("\n".join([head, *(f"  {fault}" for fault in faults)]))
@@ -86,6 +88,17 @@ def _method(raw: Any) -> tuple[Method, list[str]]:
         return TypeAdapter(METHODS[name]).validate_python(options), []
     except ValidationError as error:
         return FLoRA(), _faults(error, {"method": raw}, "method")
+
+
+def _plan(config: Config) -> list[str]:
+    """Whether the method takes what planning gives to clients."""
+    if not config.rounds.plan_s:
+        return []
+    try:
+        admit(config.method, Member("client", depth=1))
+    except ProtocolError as error:
+        return [f"rounds.plan_s: gives clients adapters of less than full depth: {error}"]
+    return []
 
 
 def _override(raw: dict[str, Any], text: str) -> None:

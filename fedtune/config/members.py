@@ -37,6 +37,7 @@ def member_config(config: Config, index: int, address: str) -> Config:
         rank=_nth(simulation.ranks, index, 0),
         alpha=_nth(simulation.alphas, index, 0.0),
         depth=_nth(simulation.depths, index, 0),
+        measure=config.client.measure,
         folder=config.run.folder / "clients" / name,
         device=config.client.device,
         threads=simulation.threads,

@@ -169,6 +169,9 @@ class RoundsConfig:
         grace_s: seconds a round waits for the rest once the quorum is there.
         deadline_s: seconds after which a round closes if it has its quorum, and is tried again if not.
         attempts: tries a round gets before the run fails.
+        plan_s: seconds of training that a round should take each client that has measured what it can
+            (`client.measure`): it gets as many blocks, from the output, as fit, and a lower rank where not one does.
+            0 plans nothing.
     """
 
     count: int = Field(default=3, ge=1)
@@ -179,6 +182,7 @@ class RoundsConfig:
     grace_s: float = Field(default=30.0, ge=0)
     deadline_s: float = Field(default=3600.0, gt=0)
     attempts: int = Field(default=3, ge=1)
+    plan_s: float = Field(default=0.0, ge=0)
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
@@ -215,6 +219,8 @@ class ClientConfig:
         rank: LoRA rank this client trains; 0 means the method's.
         alpha: LoRA alpha this client trains with; 0 means the method's.
         depth: transformer blocks, counted from the output, that carry this client's adapter; 0 means all.
+        measure: train for a few steps before joining, and tell the coordinator what this machine can do
+            (`rounds.plan_s`); a `rank` or `depth` set here stands all the same.
         folder: where this client keeps what it has not yet handed in.
         device: `cpu`, `cuda`, `cuda:1`, or `auto` for the first GPU there is.
         threads: arithmetic threads; 0 leaves it to torch.
@@ -230,6 +236,7 @@ class ClientConfig:
     rank: int = Field(default=0, ge=0)
     alpha: float = Field(default=0.0, ge=0)
     depth: int = Field(default=0, ge=0)
+    measure: bool = False
     folder: Path = Path("runs/client")
     device: str = "auto"
     threads: int = Field(default=0, ge=0)

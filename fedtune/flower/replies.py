@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from flwr.app import Message
 
 from fedtune import wire
+from fedtune.capability import Capability
 from fedtune.errors import ProtocolError, WireError, problem
 from fedtune.flower.messages import read_array
 from fedtune.flower.packets import HELLO, LACK, RESIDENT, UPDATE, Packet, unpack
 from fedtune.method import Member
-from fedtune.wire.convert import parse
+from fedtune.wire.convert import capability_from_proto, parse
 from fedtune.wire.frames import sha256
 from fedtune.wire.v1 import coordinator_pb2 as pb
 
@@ -35,8 +36,8 @@ class Lack:
     have: int
 
 
-def read_hello(message: Message) -> tuple[Member, bool]:
-    """Reads who a node is, and whether it is resident.
+def read_hello(message: Message) -> tuple[Member, Capability | None, bool]:
+    """Reads who a node is, what it has measured, and whether it is resident.
 
     Raises:
         WireError: the reply is an error, or not what was asked for.
@@ -48,7 +49,8 @@ def read_hello(message: Message) -> tuple[Member, bool]:
         raise ProtocolError(problem("protocol", wire.PROTOCOL_MAJOR, reply.protocol_major))
     if not _is_id(reply.client_id):
         raise WireError(problem("client.id", "small letters, digits and hyphens", repr(reply.client_id[:80])))
-    return Member(reply.client_id, reply.rank, reply.alpha, reply.depth), RESIDENT in reply.features
+    able = capability_from_proto(reply.capability) if reply.HasField("capability") else None
+    return Member(reply.client_id, reply.rank, reply.alpha, reply.depth), able, RESIDENT in reply.features
 
 
 def read_update(message: Message, client: str, state_digest: str, max_bytes: int) -> Update | Lack:

@@ -8,15 +8,17 @@ from typing import TypeVar
 from flwr.app import Array, Message
 from flwr.serverapp import Grid
 
+from fedtune.capability import Capability
 from fedtune.errors import FedtuneError, ProtocolError, RoundError, problem
 from fedtune.flower.messages import as_array, content
 from fedtune.flower.replies import read_hello
 from fedtune.flower.visit import BYE
-from fedtune.method import Member, Method
-from fedtune.rounds import admit
+from fedtune.method import Member
 
 T = TypeVar("T")
 Say = Callable[..., None]
+Admit = Callable[[Member, Capability | None], Member]
+"""Takes a client, as it says it is and with what it measured, into the run; raises FedtuneError when it cannot."""
 
 PULL_S = 1.0
 """Most seconds between looks for replies; Flower's own loop waits 3. Each look is a request to the SuperLink. A node
@@ -40,9 +42,9 @@ class Node:
 class Roster:
     """The nodes that are there, by client id."""
 
-    def __init__(self, grid: Grid, method: Method, greeting: Array, say: Say) -> None:
+    def __init__(self, grid: Grid, admit: Admit, greeting: Array, say: Say) -> None:
         self.grid = grid
-        self._method, self._greeting, self._say = method, greeting, say
+        self._take, self._greeting, self._say = admit, greeting, say
         self._nodes: dict[int, Node] = {}
         self._failed: set[int] = set()
 
@@ -97,8 +99,8 @@ class Roster:
 
     def _admit(self, number: int, reply: Message) -> None:
         try:
-            member, resident = read_hello(reply)
-            member = admit(self._method, member)
+            stated, able, resident = read_hello(reply)
+            member = self._take(stated, able)
             if member.id in self.nodes:
                 raise ProtocolError(problem("client.id", "another for every node", f"{member.id} twice"))
         except FedtuneError as error:
@@ -107,6 +109,9 @@ class Roster:
             return
         self._nodes[number] = Node(number, member, resident)
         self._say("client_joined", **member.described())
+        if able is not None and member.depth and not stated.depth:
+            seconds = able.seconds.of(member.depth, member.rank)
+            self._say("client_planned", **member.described(), seconds=seconds)
 
 
 def pause(began: float) -> None:

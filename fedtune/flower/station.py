@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from fedtune import __version__, wire
+from fedtune.capability import Capability
 from fedtune.config import Config, Shared
+from fedtune.config.members import member_of
 from fedtune.errors import ModelError, ProtocolError, WireError, problem
 from fedtune.flower.keeping import Keeping
 from fedtune.flower.packets import HELLO, LACK, RESIDENT, TASK, UPDATE, Packet, pack, unpack
 from fedtune.flower.settings import Identity
 from fedtune.flower.visit import Turn
 from fedtune.method import Member
-from fedtune.rounds import Replica, Task, receive, work
+from fedtune.rounds import Replica, Task, admit, receive, work
 from fedtune.tensors import Array
-from fedtune.wire.convert import manifest_from_proto, parse
+from fedtune.wire.convert import capability_to_proto, manifest_from_proto, parse
 from fedtune.wire.frames import sha256
 from fedtune.wire.v1 import coordinator_pb2 as pb
 from fedtune.worker import OnStep, Worker
@@ -71,6 +73,7 @@ class Station:
         self.kept = b""
         self._identity, self._open, self._on_step = identity, open_worker, on_step
         self._worker: Worker | None = None
+        self._able: Capability | None = None
         self._settings = ""
         self._shared: Shared
         self._replica, self._trained = Replica(), 0
@@ -110,7 +113,19 @@ class Station:
             alpha=client.alpha,
             depth=client.depth,
         )
+        if client.measure and self._shared.method.takes_depth:
+            hello.capability.CopyFrom(capability_to_proto(self._measured()))
         return HELLO, pack([hello.SerializeToString()])
+
+    def _measured(self) -> Capability:
+        """What this machine can do in this run; measured once."""
+        if self._able is None:
+            self.prepare()
+            method, worker = self._shared.method, self._worker
+            if worker is None:
+                raise ProtocolError(problem("hello", "the run's settings", "none"))
+            self._able = worker.measure(method, admit(method, member_of(self._identity.config.client)))
+        return self._able
 
     def _agree(self, welcome: pb.Welcome) -> None:
         """Takes the run's settings; other settings than before mean another model and other data."""
@@ -125,6 +140,7 @@ class Station:
         if shared.digest() != welcome.settings_digest:
             raise ProtocolError(problem("settings digest", welcome.settings_digest, shared.digest()))
         self._worker, self._shared, self._settings = None, shared, welcome.settings_json
+        self._able = None
         self._replica, self._trained, self._last = Replica(), 0, _Answer()
 
     def _task(self, order: _Order) -> tuple[str, bytes]:

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedtune import rules
+from fedtune.capability import Capability, planned
 from fedtune.config import Config, Shared
 from fedtune.errors import ConfigError, FedtuneError, ProtocolError, RoundError, problem
 from fedtune.flower.messages import content
@@ -22,8 +23,8 @@ from fedtune.flower.orders import Orders, hello, welcome
 from fedtune.flower.record import RoundLog, RunFolder
 from fedtune.flower.replies import Lack, Update, read_update
 from fedtune.flower.roster import HELLO_S, Node, Roster, pause, pull, push
-from fedtune.method import BaseModel
-from fedtune.rounds import Round
+from fedtune.method import BaseModel, Member
+from fedtune.rounds import Round, admit
 from fedtune.selection import asked, select
 from fedtune.tensors import Tensors, digest
 
@@ -67,6 +68,7 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
         self._roster: Roster | None = None
         self._open: _Open | None = None
         self._taken: dict[str, int] = {}  # round of each client's last update that was folded in
+        self._plans: dict[Member, Member] = {}  # what was planned for a client, by what it said of itself
 
     def start(
         self,
@@ -96,7 +98,7 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
         if initial_arrays or train_config or evaluate_config or evaluate_fn:
             raise ConfigError("FedtuneStrategy.start: expected grid and num_rounds only; the rest is in --run-config")
         self._greeting = welcome(self._shared, self._base.digest, str(grid.run.run_id))
-        self._roster = Roster(grid, self._shared.method, hello(self._greeting), self._event)
+        self._roster = Roster(grid, self._admit, hello(self._greeting), self._event)
         try:
             return self._run(self._roster, num_rounds or self._config.rounds.count)
         except FedtuneError as error:
@@ -174,6 +176,15 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
         if self._folder:
             self._folder.finish(count, self.digest)
         return result
+
+    def _admit(self, stated: Member, able: Capability | None) -> Member:
+        """Takes a client into the run; what was planned for it once stands."""
+        seconds = self._config.rounds.plan_s
+        if able is None or not seconds:
+            return admit(self._shared.method, stated)
+        if stated not in self._plans:
+            self._plans[stated] = planned(self._shared.method, self.state, stated, able, seconds)
+        return self._plans[stated]
 
     def _message(self, work: _Open, node: Node) -> Message:
         """The task of one node."""

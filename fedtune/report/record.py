@@ -36,7 +36,7 @@ class RoundRecord:
 
 @dataclass
 class ClientRecord:
-    """One client over the whole run."""
+    """One client over the whole run; `planned_s`: how long its training of a round should take (0: not planned)."""
 
     id: str
     rank: int = 0
@@ -44,6 +44,7 @@ class ClientRecord:
     depth: int = 0
     examples: int = 0
     updates: int = 0
+    planned_s: float = 0.0
 
 
 @dataclass
@@ -100,12 +101,13 @@ def round_folders(folder: Path) -> dict[int, Path]:
 
 def _apply(record: RunRecord, event: Event) -> None:
     kind = event["event"]
-    if kind in ("client_joined", "client_ready") and isinstance(event.get("client"), str):
+    if kind in ("client_joined", "client_planned", "client_ready") and isinstance(event.get("client"), str):
         known = record.clients.setdefault(event["client"], ClientRecord(event["client"]))
         known.rank = int(event.get("rank", known.rank))
         known.alpha = float(event.get("alpha", known.alpha))
         known.depth = int(event.get("depth", known.depth))
         known.examples = int(event.get("examples", known.examples))
+        known.planned_s = float(event.get("seconds", known.planned_s))
     elif kind == "update_refused":
         record.refused += 1
     elif kind == "run_finished":

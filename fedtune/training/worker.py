@@ -6,10 +6,12 @@ from functools import partial
 import torch
 
 from fedtune.base import open_base
+from fedtune.capability import Capability
 from fedtune.config import Config, Shared
 from fedtune.directions import Coefficients, Pool
-from fedtune.lora import LoraSpec
-from fedtune.method import Member, Method, Part, ZeroOrder
+from fedtune.errors import ConfigError, problem
+from fedtune.lora import LoraSpec, layers_of
+from fedtune.method import BaseModel, Member, Method, Part, ZeroOrder
 from fedtune.rounds import job_seed
 from fedtune.tensors import Array, Tensors
 from fedtune.training.adapt import Bench, fit_adapter, fit_weights
@@ -19,6 +21,7 @@ from fedtune.training.evaluate import Examination, evaluate
 from fedtune.training.job import TorchJob
 from fedtune.training.merging import MergedBase
 from fedtune.training.models import choose_device, load_model, resolve_model
+from fedtune.training.probe import probe
 from fedtune.training.scoring import Scorer
 from fedtune.training.seeded import Seeded
 from fedtune.training.shifting import ShiftedBase
@@ -51,6 +54,7 @@ class TorchWorker:
         self._low_memory = low_memory
         self._bench = bench
         self._seed = seed
+        self._stored: BaseModel | None = None
 
     @classmethod
     def open(
@@ -77,7 +81,7 @@ class TorchWorker:
             torch.set_num_threads(config.client.threads)
         rows = client_rows(config, index) if rows is None else rows
         folder = resolve_model(shared.model.name, shared.model.revision)
-        digest = open_base(folder).digest
+        stored = open_base(folder)
         model, tokenizer = load_model(folder, shared.model.dtype, choose_device(config.client.device))
         data, length = with_columns(config.data), shared.training.max_length
         learned, held = own_split(rows, config)
@@ -85,7 +89,9 @@ class TorchWorker:
         exam = Examination.of(held, tokenizer, data, length) if held else None
         measure = partial(evaluate, scorer, exam, shared.training) if exam else None
         bench = Bench(scorer, tokenizer, encoded, shared.training, on_step, measure)
-        return cls(bench, digest, shared.seed, config.client.low_memory)
+        worker = cls(bench, stored.digest, shared.seed, config.client.low_memory)
+        worker._stored = stored
+        return worker
 
     def reset(self) -> None:
         """Goes back to the base weights, with nothing attached."""
@@ -94,6 +100,13 @@ class TorchWorker:
         if self._replayed is not None:
             self._replayed[1].reset()
         self.attached = None
+
+    def measure(self, method: Method, member: Member) -> Capability:
+        """Trains for a few steps and forgets them; raises ConfigError for a worker without its stored base."""
+        if self._stored is None:
+            raise ConfigError(problem("worker", "one opened from a model folder", "none", "See TorchWorker.open"))
+        layers = layers_of(method.template(method.init(self._stored, self._seed), member).names)
+        return probe(self._bench, layers, member.rank)
 
     def job(self, method: Method, member: Member, round_number: int) -> TorchJob:
         """Starts one round's turn."""

@@ -4,10 +4,13 @@ A manifest arrives from the coordinator only, but a client still bounds it: a wr
 allocation of a petabyte.
 """
 
+from dataclasses import astuple
+from math import inf
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from fedtune.capability import Capability, Cost
 from fedtune.errors import WireError, problem
 from fedtune.tensors import DTYPES, Manifest, TensorSpec
 from fedtune.wire.v1 import coordinator_pb2 as pb
@@ -58,6 +61,22 @@ def manifest_from_proto(message: pb.Manifest, max_bytes: int = MAX_BYTES) -> Man
     manifest = Manifest(tuple(TensorSpec(s.name, tuple(s.shape), _dtype(s)) for s in message.specs))
     _bounds(manifest, max_bytes)
     return manifest
+
+
+def capability_to_proto(able: Capability) -> pb.Capability:
+    """Writes what a client measured."""
+    seconds, memory = (pb.Cost(fixed=c.fixed, block=c.block, rank=c.rank) for c in (able.seconds, able.memory))
+    return pb.Capability(seconds=seconds, memory=memory, room=able.room)
+
+
+def capability_from_proto(message: pb.Capability) -> Capability:
+    """Reads what a client measured; raises WireError for a number that is negative or not finite."""
+    seconds, memory = (Cost(c.fixed, c.block, c.rank) for c in (message.seconds, message.memory))
+    able = Capability(seconds, memory, message.room)
+    for number in (*astuple(seconds), *astuple(memory), able.room):
+        if not 0 <= number < inf:
+            raise WireError(problem("capability", "finite numbers, at least 0", number))
+    return able
 
 
 def _bounds(manifest: Manifest, max_bytes: int = MAX_BYTES) -> None:

@@ -1,20 +1,25 @@
 """Join and Status: who a client is, whether it fits the run, and what there is to do."""
 
 import asyncio
+import json
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import asdict
 
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
 from fedtune import __version__
+from fedtune.capability import planned
 from fedtune.errors import FedtuneError, ModelError, ProtocolError, UnavailableError, WireError, problem
 from fedtune.method import Member
 from fedtune.rounds import admit
 from fedtune.wire import CLIENT_ID, FEATURES, PROTOCOL_MAJOR, PROTOCOL_MINOR
+from fedtune.wire.convert import capability_from_proto
 from fedtune.wire.v1 import coordinator_pb2 as pb
+from fedtune_server import records
 from fedtune_server.engine import Engine
 from fedtune_server.guard import Context, Patience, SilentError
 from fedtune_server.ledger import CONTROL, DOWN, UP
@@ -55,7 +60,8 @@ class Control:
         if self.draining:
             raise UnavailableError("The coordinator is shutting down")
         hello = (await self._read(context, "hello", self._patience.hello_s)).hello
-        session = Session(self._member(hello, context))
+        stated = self._stated(hello, context)
+        session = Session(admit(self._run.shared.method, stated), stated)
         self._note(session.id, UP, hello)
         before = self._engine.roster.enter(session)
         if before is not None:
@@ -117,7 +123,7 @@ class Control:
         if session.ended:
             return
         self._run.events.emit("client_ready", client=session.id, examples=ready.examples)
-        self._engine.roster.set_ready(session, ready.examples)
+        self._engine.roster.set_ready(session, ready.examples, await self._planned(session, ready))
         await self._engine.offer(session)
         while (message := await context.read()) is not grpc.aio.EOF:
             if not isinstance(message, pb.ClientMessage) or message.WhichOneof("kind") != "progress":
@@ -141,8 +147,21 @@ class Control:
             raise WireError(problem("first messages", kind, "another kind of message"))
         return message
 
-    def _member(self, hello: pb.Hello, context: Context) -> Member:
-        """Checks who is there; returns the client as admitted."""
+    async def _planned(self, session: Session, ready: pb.Ready) -> Member:
+        """The client with the adapter planned for it: the one of before, if it was here and asked for the same."""
+        seconds, stated = self._run.config.rounds.plan_s, session.stated
+        if not seconds or stated.depth or not ready.HasField("capability"):
+            return session.member
+        able = capability_from_proto(ready.capability)
+        member = planned(self._run.shared.method, self._run.version.state, stated, able, seconds)
+        asked = json.dumps([stated.rank, stated.alpha, seconds])
+        member = await self._engine.insist(lambda: self._run.store.commit(records.keep_plan(stated.id, asked, member)))
+        predicted = able.seconds.of(member.depth, member.rank)
+        self._run.events.emit("client_planned", **member.described(), seconds=predicted, capability=asdict(able))
+        return member
+
+    def _stated(self, hello: pb.Hello, context: Context) -> Member:
+        """Checks who is there; returns the client as it says."""
         if hello.protocol_major != PROTOCOL_MAJOR:
             want = f"{PROTOCOL_MAJOR}.x, as fedtune {__version__} speaks"
             got = f"{hello.protocol_major}.{hello.protocol_minor} from {_shown(hello)}"
@@ -157,7 +176,7 @@ class Control:
         if not (math.isfinite(hello.alpha) and hello.alpha >= 0):
             raise WireError(problem("client.alpha", "a finite number, at least 0", hello.alpha))
         check_identity(context, hello.client_id)
-        return admit(self._run.shared.method, Member(hello.client_id, hello.rank, hello.alpha, hello.depth))
+        return Member(hello.client_id, hello.rank, hello.alpha, hello.depth)
 
     def _fits(self, ready: pb.Ready, member: Member) -> None:
         """Checks that the client understood the settings and loaded the same weights."""

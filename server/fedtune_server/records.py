@@ -106,6 +106,20 @@ def read_tasks(round_number: int) -> Callable[[sqlite3.Connection], dict[str, Ta
     return change
 
 
+def keep_plan(client: str, asked: str, member: Member) -> Callable[[sqlite3.Connection], Member]:
+    """Returns the plan that was made before for the same `asked`; if there is none, `member`, which is kept."""
+
+    def change(db: sqlite3.Connection) -> Member:
+        query = "SELECT rank, alpha, depth FROM plans WHERE client = ? AND asked = ?"
+        row = db.execute(query, (client, asked)).fetchone()
+        if row is not None:
+            return Member(client, *row)
+        db.execute("INSERT OR REPLACE INTO plans VALUES (?, ?, ?, ?, ?)", (client, asked, *astuple(member)[1:]))
+        return member
+
+    return change
+
+
 def read_updates(round_number: int) -> Callable[[sqlite3.Connection], dict[str, UpdateRow]]:
     """Returns the accepted updates of a round by client."""
 

@@ -12,9 +12,14 @@ from fedtune.wire.v1 import coordinator_pb2 as pb
 
 @dataclass(eq=False)
 class Session:
-    """One live Join stream. `outbox` ends with None; `reason` says why when the coordinator ends it."""
+    """One live Join stream.
+
+    `stated` is the client as its own configuration says, `member` as it was admitted. `outbox` ends with None;
+    `reason` says why when the coordinator ends it.
+    """
 
     member: Member
+    stated: Member
     outbox: "asyncio.Queue[pb.ServerMessage | None]" = field(default_factory=asyncio.Queue)
     ready: bool = False
     examples: int = 0
@@ -67,9 +72,10 @@ class Roster:
         self._changed()
         return True
 
-    def set_ready(self, session: Session, examples: int) -> None:
-        """Marks a session as one that may be selected."""
-        session.ready, session.examples = True, examples
+    def set_ready(self, session: Session, examples: int, member: Member) -> None:
+        """Marks a session as one that may be selected, as `member`."""
+        session.ready, session.examples, session.member = True, examples, member
+        self.known[session.id] = member
         self._changed()
 
     def ready(self) -> list[str]:

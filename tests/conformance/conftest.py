@@ -131,7 +131,12 @@ def make(tmp_path: Path, toy_folder: Path) -> Callable[..., tuple[Config, Path]]
             "run": {"folder": str(tmp_path / name), "seed": 7},
             "model": {"name": str(toy_folder)},
             "method": {"name": method, **_SMALL.get(method, {"rank": 2}), **_OPTIONS.get(variant, {})},
-            "rounds": {"count": rounds, "min_clients": more.get("min_clients", clients)},
+            "rounds": {
+                "count": rounds,
+                "min_clients": more.get("min_clients", clients),
+                "plan_s": more.get("plan_s", 0),
+            },
+            "client": {"measure": "plan_s" in more},
             "server": {"address": "127.0.0.1:0"},
             "simulation": {"clients": clients, **{k: list(more.get(k, ())) for k in ("ranks", "depths")}},
         }
@@ -172,6 +177,7 @@ def simulated() -> Callable[[Config], Result]:
         def worker(member: Member) -> Worker:
             return open_toy(config, shared, ids.index(member.id))
 
-        return simulate(config.method, base, members, worker, config.rounds.count, shared.seed)
+        plan_s = config.rounds.plan_s
+        return simulate(config.method, base, members, worker, config.rounds.count, shared.seed, plan_s=plan_s)
 
     return play

@@ -65,6 +65,19 @@ def test_ranks_and_depths_are_mixed(make, over_grpc, simulated, method):
     assert run.end() == [r.digest for r in simulated(made[0]).rounds]
 
 
+@pytest.mark.parametrize("method", ["flora", "flora by warm start", "florist"])
+def test_what_clients_measured_decides_their_adapters(make, over_grpc, simulated, method):
+    """The toy clients take 1, 1.3 and 1.6 of everything: forward, each of two blocks, each eighth rank."""
+    made = make(method, plan_s=2.9)
+    run = over_grpc(made)
+    for index in range(3):
+        run.client(index)
+    assert run.end() == [r.digest for r in simulated(made[0]).rounds]
+    found = {event["client"][-1]: (event["depth"], event["rank"]) for event in run.events("client_planned")}
+    assert found == {"0": (1, 2), "1": (1, 1), "2": (1, 1)}
+    assert run.end() != [r.digest for r in simulated(make(method, "other")[0]).rounds]
+
+
 def test_a_client_that_comes_late_is_brought_up_to_date(make, over_grpc, method):
     """It joins while round 1 runs without it, and takes part from round 2 on with the same bits as the others."""
     config, _ = made = make(method, min_clients=2)

@@ -345,7 +345,8 @@ def simulated():
             return open_toy(config, shared, member_ids(config).index(member.id))
 
         base = open_base(Path(config.model.name))
-        done = simulate(config.method, base, members, worker, config.rounds.count, shared.seed)
+        plan_s = config.rounds.plan_s
+        done = simulate(config.method, base, members, worker, config.rounds.count, shared.seed, plan_s=plan_s)
         return [r.digest for r in done.rounds]
 
     return play

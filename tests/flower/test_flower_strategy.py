@@ -178,6 +178,17 @@ def test_same_bits_as_the_plain_loop(made, simulated, method, resident):
     assert strategy.digest == want[-1]
 
 
+@pytest.mark.parametrize("resident", [True, False])
+def test_what_nodes_measured_decides_their_adapters(made, simulated, resident):
+    config, _, strategy, flat = made(plan_s=2.9)
+    flat |= {"client.measure": True}
+    strategy.start(LoopGrid(flat, 3, resident))
+    want = simulated({k: v for k, v in flat.items() if k != "simulation.clients"}, 3)
+    assert [e["digest"] for e in events(config, "round_closed")] == want
+    found = [(c.depth, c.rank, c.planned_s) for c in collect(config.run.folder).clients.values()]
+    assert found == [(1, 2, 2.25), (1, 1, pytest.approx(2.7625)), (1, 1, pytest.approx(3.4))]
+
+
 def test_the_run_folder_is_one_the_reports_read(made):
     config, grid, strategy, _ = made()
     result = strategy.start(grid)

@@ -193,6 +193,7 @@ class Hello(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     ALPHA_FIELD_NUMBER: _builtins.int
     DEPTH_FIELD_NUMBER: _builtins.int
+    CAPABILITY_FIELD_NUMBER: _builtins.int
     protocol_major: _builtins.int
     protocol_minor: _builtins.int
     software: _builtins.str
@@ -209,6 +210,10 @@ class Hello(_message.Message):
     """transformer blocks, from the output, that carry the adapter; 0: all"""
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def capability(self) -> Global___Capability:
+        """where a client knows the run already (Flower); else in Ready"""
+
     def __init__(
         self,
         *,
@@ -221,10 +226,11 @@ class Hello(_message.Message):
         rank: _builtins.int = ...,
         alpha: _builtins.float = ...,
         depth: _builtins.int = ...,
+        capability: Global___Capability | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "client_id", b"client_id", "depth", b"depth", "features", b"features", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "rank", b"rank", "run_id", b"run_id", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "capability", b"capability", "client_id", b"client_id", "depth", b"depth", "features", b"features", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "rank", b"rank", "run_id", b"run_id", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -285,26 +291,91 @@ class Ready(_message.Message):
     SETTINGS_DIGEST_FIELD_NUMBER: _builtins.int
     BASE_DIGEST_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
+    CAPABILITY_FIELD_NUMBER: _builtins.int
     settings_digest: _builtins.str
     """of the settings as this client understood them"""
     base_digest: _builtins.str
     """of the weights this client has loaded"""
     examples: _builtins.int
     """rows it can train on"""
+    @_builtins.property
+    def capability(self) -> Global___Capability:
+        """if this client has measured it"""
+
     def __init__(
         self,
         *,
         settings_digest: _builtins.str = ...,
         base_digest: _builtins.str = ...,
         examples: _builtins.int = ...,
+        capability: Global___Capability | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "examples", b"examples", "settings_digest", b"settings_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "capability", b"capability", "examples", b"examples", "settings_digest", b"settings_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Ready: _TypeAlias = Ready  # noqa: Y015
+
+@_typing.final
+class Capability(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECONDS_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    ROOM_FIELD_NUMBER: _builtins.int
+    room: _builtins.float
+    """bytes free for it"""
+    @_builtins.property
+    def seconds(self) -> Global___Cost:
+        """of a round"""
+
+    @_builtins.property
+    def memory(self) -> Global___Cost:
+        """bytes that training takes beside the model"""
+
+    def __init__(
+        self,
+        *,
+        seconds: Global___Cost | None = ...,
+        memory: Global___Cost | None = ...,
+        room: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory", "seconds", b"seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory", "room", b"room", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Capability: _TypeAlias = Capability  # noqa: Y015
+
+@_typing.final
+class Cost(_message.Message):
+    """at depth k and rank r: fixed + k (block + r * rank)"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIXED_FIELD_NUMBER: _builtins.int
+    BLOCK_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    fixed: _builtins.float
+    block: _builtins.float
+    rank: _builtins.float
+    def __init__(
+        self,
+        *,
+        fixed: _builtins.float = ...,
+        block: _builtins.float = ...,
+        rank: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "fixed", b"fixed", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cost: _TypeAlias = Cost  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):

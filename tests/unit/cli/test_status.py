@@ -17,7 +17,15 @@ def test_json_is_the_report(fedtune, run_folder):
     assert report["outcome"] == "completed"
     assert report["refused_updates"] == 1
     assert [r["train_loss"] for r in report["rounds"]] == [2.5, 1.25]
-    assert report["clients"][0] == {"id": "ann", "rank": 8, "alpha": 16.0, "depth": 0, "examples": 30, "updates": 2}
+    assert report["clients"][0] == {
+        "id": "ann",
+        "rank": 8,
+        "alpha": 16.0,
+        "depth": 0,
+        "examples": 30,
+        "updates": 2,
+        "planned_s": 0.0,
+    }
 
 
 def test_an_empty_folder_is_no_run(fedtune, tmp_path):

@@ -55,6 +55,8 @@ TASK = pb.Task(task_id="c" * 32, round=3, version=2, state_digest="d" * 64, upda
 FINISHED = pb.Finished(outcome=pb.OUTCOME_FAILED, message="grüße")
 CLIENT = pb.ClientStatus(client_id="ann", state="training", rank=8, round=3, step=10, steps=100, loss=0.5)
 MEMBER = pb.Member(rank=8, alpha=16.5, depth=3)
+COST = pb.Cost(fixed=1.5, block=0.25, rank=0.125)
+ABLE = pb.Capability(seconds=COST, memory=COST, room=2.0**33)
 EXAMPLES = [
     HELLO,
     WELCOME,
@@ -87,6 +89,10 @@ EXAMPLES = [
     pb.Hello(client_id="ann", depth=3),
     pb.Task(round=3, member=MEMBER),
     MEMBER,
+    COST,
+    ABLE,
+    pb.Hello(client_id="ann", capability=ABLE),
+    pb.Ready(examples=3, capability=ABLE),
     pb.ClientStatus(client_id="ann", depth=3),
     pb.StatusReply(
         run_id="00ff",
