@@ -79,7 +79,7 @@ class FedAvg(Method):
     def finish(self, state: Tensors, total: averaging.Total, weight: int) -> Tensors:
         """Adds the mean difference, as the server optimiser says."""
         before = {**state, **filled(averaging.public(state))}
-        mean = {n: before[n].astype(np.float64) + d for n, d in averaging.exact_means(total, weight).items()}
+        mean = {n: before[n] + d.mean(weight, np.dtype(np.float64)) for n, d in total.items()}
         return downlink.taken(before, averaging.closed(before, mean, self.server_optimizer), self.downlink)
 
     def unpacked(self, job: ClientJob, received: Tensors) -> Tensors:
