@@ -12,6 +12,7 @@ from fedtune.codecs import raw
 from fedtune.codecs.budget import Budget
 from fedtune.codecs.compression import RESIDUAL, Compression, Link, change, changed
 from fedtune.codecs.feedback import units
+from fedtune.codecs.spectral import delta_come, ere
 from fedtune.codecs.ternary import Ternary
 from fedtune.errors import WireError
 from fedtune.tensors import Manifest, digest
@@ -49,6 +50,23 @@ def test_raw_is_the_plain_codec():
 def test_the_keys_of_a_ternary_codec_reach_it():
     how = Compression(codec="ternary", density=0.3, alpha=2.0, scale="std", top="tensor", sigma="vector")
     assert how.coder == Ternary(density=0.3, alpha=2.0, scale="std", top="tensor", sigma="vector")
+
+
+def test_singular_vectors_have_their_rank():
+    assert Compression(codec="ere", rank=5).coder == ere(5)
+    assert Compression(codec="delta-come").coder == delta_come(32)
+
+
+@pytest.mark.parametrize("codec", ["ere", "delta-come"])
+def test_feedback_makes_up_for_what_few_singular_vectors_leave_out(codec):
+    how, memory, total = Compression(codec=codec, rank=4, feedback=True), {}, 0.0
+    bag = {"a": tensors()["a"]}
+    manifest = Manifest.of(bag)
+    for _ in range(12):
+        total = total + sent(how, how.carry(bag, manifest, memory))[1]["a"].astype(np.float64)
+    left = memory[RESIDUAL + "a"] * 2.0**-52
+    np.testing.assert_allclose(total + left, 12 * bag["a"].astype(np.float64), atol=1e-9)
+    assert np.linalg.norm(left) < 0.5 * 12 * np.linalg.norm(bag["a"])
 
 
 def test_a_name_stands_for_a_table():
