@@ -226,7 +226,7 @@ def table(arms: list[Arm], rows: list[Row]) -> str:
 
 def draw(plot: Plot, arms: list[Arm], rows: list[Row], path: Path) -> None:
     """Held-out loss against rounds, bytes or seconds: a line for the mean over seeds, a band from least to most."""
-    figure = Figure(figsize=(8, 4.5), dpi=130, layout="constrained")
+    figure = Figure(figsize=(10, 4.5), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     dashes = iter((":", "--", "-.") * 9)
@@ -239,6 +239,7 @@ def draw(plot: Plot, arms: list[Arm], rows: list[Row], path: Path) -> None:
         x = [fmean(values) for values in zip(*(_x(plot.x, r) for r in mine), strict=True)]
         losses = list(zip(*(r.path[1:] for r in mine), strict=True))
         (line,) = axes.plot(x, [fmean(v) for v in losses], marker="o", markersize=3, label=arm.title)
+        line.set_linestyle("-" if len(axes.lines) <= 10 else "--")  # the ten colours come again
         axes.fill_between(x, [min(v) for v in losses], [max(v) for v in losses], color=line.get_color(), alpha=0.15)
     base = fmean(r.path[0] for r in rows)
     axes.set(xlabel=LABELS[plot.x], ylabel="held-out loss, nats per answer token")
@@ -247,7 +248,7 @@ def draw(plot: Plot, arms: list[Arm], rows: list[Row], path: Path) -> None:
         axes.set_xscale("log")
     axes.set_title(f"base model: {base:.2f}", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(frameon=False, fontsize=9, loc="outside right upper")
     figure.savefig(path)
 
 
