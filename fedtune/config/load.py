@@ -127,11 +127,23 @@ def _fault(detail: ErrorDetails, raw: dict[str, Any], section: tuple[str, ...]) 
     location = [*section, *(str(part) for part in detail["loc"])]
     key = ".".join(location)
     if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _known(location[:-1], raw)
+        known, others = _known(location[:-1], raw), _with(location)
+        if others:
+            name = raw.get("method", {}).get("name", FLoRA.name)
+            return f"{key}: unknown key; {name} does not have it, but {', '.join(others)}"
         near = difflib.get_close_matches(location[-1], known, 1)
         return f"{key}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
     message = detail["msg"].removeprefix("Value error, ")
     return f"{key}: {message[0].lower()}{message[1:]} (got {detail['input']!r})"
+
+
+def _with(location: list[str]) -> list[str]:
+    """Names the methods that have a key of `[method]`."""
+    if len(location) != 2 or location[0] != "method":
+        return []
+    return [
+        name for name, kind in METHODS.items() if is_dataclass(kind) and location[1] in {f.name for f in fields(kind)}
+    ]
 
 
 def _known(section: list[str], raw: dict[str, Any]) -> list[str]:

@@ -1,12 +1,13 @@
 """A configuration is checked whole: every fault is named at once, with its key, its value and what would be right."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from fedtune.config import Config, load, parse
 from fedtune.errors import ConfigError
-from fedtune.methods import FedAvgLoRA, FLoRA
+from fedtune.methods import METHODS, FedAvgLoRA, FLoRA
 
 
 def write(folder: Path, text: str) -> Path:
@@ -193,3 +194,14 @@ def test_robust_folding_needs_enough_clients_for_certain(method: str, rounds: st
 def test_a_table_within_the_method_names_its_own_keys(tmp_path: Path) -> None:
     said = message("[method.server_optimizer]\nname = 'momentum'\nlearning_rat = 1.0", tmp_path)
     assert "method.server_optimizer.learning_rat: unknown key; did you mean learning_rate?" in said
+
+
+@pytest.mark.parametrize("key", ["server_optimizer", "krum_byzantine", "clip_norm", "trim", "start", "rank_budget"])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_key_of_another_method_is_refused_by_name(name: str, key: str, tmp_path: Path) -> None:
+    having = {kind for kind, cls in METHODS.items() if key in {f.name for f in fields(cls)}}
+    if name in having:
+        pytest.skip("has it")
+    said = message(f"[method]\nname = '{name}'\n{key} = 1", tmp_path)
+    assert f"method.{key}: unknown key; {name} does not have it, but " in said
+    assert set(said.split(", but ")[1].split(", ")) == having
