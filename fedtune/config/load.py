@@ -50,8 +50,14 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     return parse(raw, str(path))
 
 
-def parse(raw: dict[str, Any], source: str = "configuration") -> Config:
-    """Validates a nested mapping; raises ConfigError listing every fault."""
+def parse(raw: dict[str, Any], source: str = "configuration", *, whole: bool = True) -> Config:
+    """Validates a nested mapping; raises ConfigError listing every fault.
+
+    Args:
+        raw: sections and their keys.
+        source: what errors call it.
+        whole: method and rounds are to fit together; False for settings that say nothing of rounds.
+    """
     sections = dict(raw)
     method, faults = _method(sections.pop("method", {}))
     try:
@@ -59,12 +65,7 @@ def parse(raw: dict[str, Any], source: str = "configuration") -> Config:
     except ValidationError as error:
         faults = _faults(error, raw) + faults
     else:
-        least, rounds = config.method.least_updates, config.rounds
-        certain = ceil(rounds.quorum * min(rounds.clients or rounds.min_clients, rounds.min_clients))
-        if certain < least:
-            why = f"{least} updates a round (min_clients, times quorum), so that robust folding can compare clients"
-            faults.append(f"rounds.min_clients: expected enough for {why}, got {certain}")
-        faults += _plan(config)
+        faults += [*_enough(config), *_plan(config)] if whole else []
     if faults:
         head = f"{source}: {len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise ConfigError("\n".join([head, *(f"  {fault}" for fault in faults)]))
@@ -88,6 +89,16 @@ def _method(raw: Any) -> tuple[Method, list[str]]:
         return TypeAdapter(METHODS[name]).validate_python(options), []
     except ValidationError as error:
         return FLoRA(), _faults(error, {"method": raw}, "method")
+
+
+def _enough(config: Config) -> list[str]:
+    """Whether rounds are large enough for the method."""
+    least, rounds = config.method.least_updates, config.rounds
+    certain = ceil(rounds.quorum * min(rounds.clients or rounds.min_clients, rounds.min_clients))
+    if certain >= least:
+        return []
+    why = f"{least} updates a round (min_clients, times quorum), so that robust folding can compare clients"
+    return [f"rounds.min_clients: expected enough for {why}, got {certain}"]
 
 
 def _plan(config: Config) -> list[str]:

@@ -28,7 +28,7 @@ class Shared:
         """Reads what `to_json` wrote; raises ConfigError for an unknown key, as an older peer would meet."""
         raw = json.loads(text)
         seed = raw.pop("seed", 0)
-        config = parse({**raw, "run": {"seed": seed}}, "settings from the coordinator")
+        config = parse({**raw, "run": {"seed": seed}}, "settings from the coordinator", whole=False)
         return cls.of(config)
 
     def to_json(self) -> str:

@@ -1,5 +1,6 @@
 """Every method gives the same bits in every runtime, whoever is first, late or interrupted."""
 
+import json
 import threading
 import time
 from itertools import pairwise
@@ -76,6 +77,20 @@ def test_what_clients_measured_decides_their_adapters(make, over_grpc, simulated
     found = {event["client"][-1]: (event["depth"], event["rank"]) for event in run.events("client_planned")}
     assert found == {"0": (1, 2), "1": (1, 1), "2": (1, 1)}
     assert run.end() != [r.digest for r in simulated(make(method, "other")[0]).rounds]
+
+
+def test_every_runtime_leaves_out_the_same_clients(make, over_grpc, simulated):
+    """Multi-Krum over K-vectors needs 2 f + 3 clients; of these it leaves one out, and some are clipped."""
+    made = make("fedkseed by krum", clients=5)
+    run = over_grpc(made)
+    for index in (3, 1, 4, 0, 2):
+        run.client(index)
+    want = simulated(made[0]).rounds
+    assert run.end() == [r.digest for r in want]
+    got = [json.loads(f.read_text())["notes"] for f in sorted(run.folder.glob("rounds/*/round.json"))]
+    assert got == [r.notes for r in want]
+    assert [len(notes["left_out"]) for notes in got] == [1, 1, 1]
+    assert all(0 < len(notes["clipped"]) < 4 for notes in got)
 
 
 def test_a_client_that_comes_late_is_brought_up_to_date(make, over_grpc, method):

@@ -37,6 +37,19 @@ def test_json_and_back_is_the_same(rank: int, name: str, rate: float, seed: int,
 
 
 @pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "fedkseed", "krum_byzantine": 1},
+        {"name": "flora", "krum_byzantine": 1},
+        {"name": "ffa-lora", "trim": 1},
+    ],
+)
+def test_robust_settings_reach_clients_who_know_nothing_of_rounds(method: dict[str, object]) -> None:
+    shared = Shared.of(parse({"method": method, "rounds": {"min_clients": 5}}))
+    assert Shared.from_json(shared.to_json()) == shared
+
+
+@pytest.mark.parametrize(
     ("section", "key", "value"),
     [("training", "steps", 11), ("method", "rank", 7), ("model", "dtype", "bfloat16"), ("run", "seed", 1)],
 )
