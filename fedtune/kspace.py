@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.errors import WireError, problem
 from fedtune.robust import clip_factors, multi_krum
 from fedtune.tensors import Tensors
 
+LIMIT = 2.0**16  # of a scalar
 UNIT = 2.0**-32  # of scalars in sums: a client's sum over 2**13 scalars below 2**16 stays below 2**61
 HISTORY_CLIP = 1000.0
 HISTORY_UNIT = 2.0**-20
@@ -109,6 +111,14 @@ def joined(sums: Mapping[str, Sum]) -> Sum:
     for one in rest:
         total = total.plus(one)
     return total
+
+
+def check_pairs(seeds: npt.NDArray[Any], scalars: npt.NDArray[Any], k: int, client: str) -> None:
+    """Raises WireError for seeds that are not in the pool (-1: skipped) and scalars beyond `LIMIT`."""
+    if seeds.min() < -1 or seeds.max() >= k:
+        raise WireError(problem(f"seeds of {client}", f"-1 to {k - 1}", [seeds.min(), seeds.max()]))
+    if np.abs(scalars).max() >= LIMIT or scalars[seeds < 0].any():
+        raise WireError(problem(f"scalars of {client}", f"below {LIMIT:.0f}, 0 where skipped", "others"))
 
 
 def levels(sizes: Longs, counts: Longs) -> Longs:

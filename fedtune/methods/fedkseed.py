@@ -25,19 +25,18 @@ from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 from safetensors.numpy import save_file
 
+from fedtune.agreement import Total, agreed, folded, noted
 from fedtune.directions import Pool
-from fedtune.errors import ProtocolError, WireError, problem
-from fedtune.kspace import UNIT, Longs, Sum, joined, levels, packed, probabilities, trusted, unpacked
+from fedtune.errors import ProtocolError, problem
+from fedtune.kspace import LIMIT, UNIT, Longs, Sum, check_pairs, levels, packed, probabilities, unpacked
 from fedtune.lora import LoraSpec, find_layers
 from fedtune.method import BaseModel, ClientJob, Member, Method, Part, ZeroOrder
 from fedtune.tensors import PRIVATE, Array, Manifest, Tensors, TensorSpec
 from fedtune.zo import REFUSED
 
 FILE = "fedkseed.safetensors"
-LIMIT = 2.0**16  # of a scalar
 _TOTAL, _SIZES, _COUNTS = PRIVATE + "total", PRIVATE + "sizes", PRIVATE + "counts"
 _ONCE = ("layers", "pool")
-Total = dict[bytes, dict[str, Sum]]
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
@@ -130,9 +129,7 @@ class FedKSeed(Method):
         Multi-Krum compares clients, so with `krum_byzantine` each one's K-vector is kept to the end of the round.
         """
         mine = Sum.of(update, self.seeds, self.directions, member.id, weight, self.clip_norm)
-        model, key = update["model"].tobytes(), member.id if self.krum_byzantine else ""
-        sums = (total or {}).get(model, {})
-        return {**(total or {}), model: {**sums, key: sums[key].plus(mine) if key in sums else mine}}
+        return folded(total, update["model"].tobytes(), member.id if self.krum_byzantine else "", mine)
 
     def finish(self, state: Tensors, total: Total, weight: int) -> Tensors:
         """Adds the mean of the updates that agree on the model, by the larger weight, and are trusted.
@@ -140,7 +137,7 @@ class FedKSeed(Method):
         Raises:
             RoundError: too few of them for multi-Krum.
         """
-        model, used = self._used(total)
+        model, used = agreed(total, self.krum_byzantine)
         scalars = state[_TOTAL] + used.mean()
         after = {**{name: state[name] for name in _ONCE}, "model": np.frombuffer(model, np.uint8), _TOTAL: scalars}
         now = np.zeros(self.seeds, np.int64)
@@ -151,11 +148,7 @@ class FedKSeed(Method):
 
     def notes(self, state: Tensors, total: Total) -> dict[str, list[str]]:
         """Names the clients whose model disagreed, those multi-Krum left out, and those whose K-vector was clipped."""
-        model, used = self._used(total)
-        here = joined(total[model]).members
-        everyone = frozenset[str]().union(*(joined(sums).members for sums in total.values()))
-        found = {"disagreed": everyone - here, "left_out": here - used.members, "clipped": used.clipped}
-        return {note: sorted(clients) for note, clients in found.items() if clients}
+        return noted(total, self.krum_byzantine)
 
     def install(self, job: ClientJob, received: Tensors) -> None:
         """Rebuilds the model from the base."""
@@ -186,11 +179,7 @@ class FedKSeed(Method):
     def decode(self, payload: memoryview | bytes, state: Tensors, member: Member) -> Tensors:
         """Reads an update; raises WireError for seeds that are not in the pool and scalars beyond `LIMIT`."""
         update = super().decode(payload, state, member)
-        seeds, scalars = update["seeds"], update["scalars"]
-        if seeds.min() < -1 or seeds.max() >= self.seeds:
-            raise WireError(problem(f"seeds of {member.id}", f"-1 to {self.seeds - 1}", [seeds.min(), seeds.max()]))
-        if np.abs(scalars).max() >= LIMIT or scalars[seeds < 0].any():
-            raise WireError(problem(f"scalars of {member.id}", f"below {LIMIT:.0f}, 0 where skipped", "others"))
+        check_pairs(update["seeds"], update["scalars"], self.seeds, member.id)
         return update
 
     def export(self, state: Tensors, folder: Path, base_model: str) -> None:
@@ -207,12 +196,6 @@ class FedKSeed(Method):
             return Part(self.train, self.density if self.train == "sparse" else 1.0)
         layers = tuple(known["layers"].tobytes().decode().split("\n"))
         return Part("lora", 1.0, LoraSpec(layers, self.rank, self.alpha or 2.0 * self.rank), int(known["pool"][0]))
-
-    def _used(self, total: Total) -> tuple[bytes, Sum]:
-        """The model that most weight agrees on, and the sum of its updates that count."""
-        model = max(total, key=lambda digest: (joined(total[digest]).weight, digest))
-        sums = trusted(total[model], self.krum_byzantine) if self.krum_byzantine else total[model]
-        return model, joined(sums)
 
     def _public(self, scalars: Longs, now: Longs, exponent: int) -> dict[str, Array]:
         """What clients need: -lr A in 24 bits, in a unit not finer than before, and Pro's levels."""

@@ -65,7 +65,9 @@ class Origin:
         """Sets `out` to a span of whole tiles of base + 2**-exponent * sum_k c_k z_k; what does not move stays."""
         source, begin = flat(self.base)[span], span.start or 0
         backend(self.base).replay(*replayed, source, self.first + begin, out)
-        for start in range(0, len(out), _SPAN) if self.moving else ():
+        if self.moving is None:
+            return
+        for start in range(0, len(out), _SPAN):
             part = slice(start, start + _SPAN)
             put_back(out[part], source[part], self.moving.left_out(begin + start, len(out[part])))
 

@@ -11,10 +11,9 @@ from fedtune.codecs import raw
 from fedtune.config import parse
 from fedtune.directions import Pool, layout, reference
 from fedtune.errors import ConfigError, ProtocolError, RoundError, WireError
-from fedtune.kspace import levels, probabilities, unpacked
+from fedtune.kspace import LIMIT, levels, probabilities, unpacked
 from fedtune.method import Member, Part, ZeroOrder
 from fedtune.methods import FedKSeed
-from fedtune.methods.fedkseed import LIMIT
 from fedtune.rounds import Replica, Round, work
 from fedtune.tensors import PRIVATE, Manifest, digest
 from fedtune.testing import ToyWorker
