@@ -4,6 +4,7 @@ It ships nothing of fedtune, which is installed where SuperLink and SuperNodes r
 Flower has nothing to download.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,8 +16,9 @@ from fedtune.errors import ConfigError, StorageError, problem
 from fedtune.flower.settings import method_tables
 from fedtune.methods import METHODS
 
-SECTIONS = ("run", "model", "data", "method", "training", "rounds", "simulation", "client")
+SECTIONS = ("run", "model", "data", "method", "training", "rounds", "simulation", "client", "server")
 _NODE_ONLY = ("id", "address", "rank", "alpha", "folder", "ca", "cert", "key", "insecure")
+_FLOWERS_OWN = ("address", "cert", "key", "client_ca", "insecure", "metrics_address")
 _OURS = """
 # Of the plug-in itself.
 [tool.flwr.app.config.flower]
@@ -107,21 +109,24 @@ def _table(title: str, listed: list[Key], values: Mapping[str, object]) -> str:
 
 
 def _keys(section: str) -> list[Key]:
-    return [key for key in keys(section) if section != "client" or key.name not in _NODE_ONLY]
+    hidden = _NODE_ONLY if section == "client" else _FLOWERS_OWN if section == "server" else ()
+    return [key for key in keys(section) if key.name not in hidden]
 
 
 def _shown(value: object, key: Key) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        value = ", ".join(map(str, value))
+        plain = all(not isinstance(part, str) or re.fullmatch(r"[A-Za-z_][\w.-]*", part) for part in value)
+        value = ", ".join(map(str, value)) if plain else f"[{', '.join(_quoted(str(part)) for part in value)}]"
     if key.section == "simulation" and key.name == "clients":
         value = ""  # Flower's own number of nodes
-    return repr(value) if isinstance(value, int | float) else '"' + _escaped(str(value or "")) + '"'
+    return repr(value) if isinstance(value, int | float) else _quoted(str(value or ""))
 
 
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+def _quoted(text: str) -> str:
+    """A TOML string: JSON's escapes are TOML's; DEL is the one that JSON leaves."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _name(folder: Path) -> str:

@@ -10,6 +10,7 @@ from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtune.flower.messages import as_array, content, read_array, read_turn
+from fedtune.flower.plugin import Plugin
 from fedtune.flower.visit import BYE, Turn, ask, dismiss, worker_name
 
 if TYPE_CHECKING:
@@ -83,10 +84,9 @@ def _visit(
 
 def _is_resident(context: Context) -> bool:
     """Whether the work goes to a resident worker: in a deployment, unless `flower.resident` says otherwise."""
-    wish = context.run_config.get("flower.resident") or "auto"
-    if wish not in ("auto", "on", "off"):
-        raise ValueError(f"flower.resident: expected auto, on or off, got {wish!r}")
-    return wish == "on" or (wish == "auto" and "ray" not in sys.modules)
+    wish, ray = Plugin.read(context.run_config).resident, sys.modules.get("ray")
+    simulated = ray is not None and ray.is_initialized()  # a simulation's actors are Ray's
+    return wish == "on" or (wish == "auto" and not simulated)
 
 
 def _station(context: Context, open_worker: "OpenWorker | None") -> "Station":
@@ -100,8 +100,7 @@ def _station(context: Context, open_worker: "OpenWorker | None") -> "Station":
     if station is None:
         identity = read_identity(context.run_config, context.node_config)
         station = Station(identity, open_worker or find_opener(None), resident=False)
-    keep = int(context.run_config.get("flower.keep") or 1)
-    while len(_stations) >= keep:
+    while len(_stations) >= Plugin.read(context.run_config).keep:
         _stations.pop(next(iter(_stations)))
     _stations[key] = station
     return station

@@ -29,7 +29,7 @@ class Keeping:
     def settle(self, accepted: int) -> dict[str, Array]:
         """Returns the memory that counts, for a turn to change; `accepted`: round of the last update that was taken."""
         if self.round and accepted == self.round:
-            self.settled, self.pending = self.pending, {}
+            self.settled, self.pending, self.round = self.pending, {}, 0  # asked again, the same is returned
         return _copied(self.settled)
 
     def leave(self, number: int, memory: Tensors) -> None:

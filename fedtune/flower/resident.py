@@ -19,6 +19,7 @@ from typing import Any
 
 from fedtune.config import Config, Shared
 from fedtune.errors import FedtuneError, problem
+from fedtune.flower.plugin import Plugin
 from fedtune.flower.settings import read_identity
 from fedtune.flower.station import OpenWorker, Station
 from fedtune.flower.visit import BYE, read, send
@@ -41,13 +42,17 @@ class Resident:
         """Answers requests; returns when the worker is not wanted any more. What it died of stays in its log."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(str(self._path))
+            mine = self._path.stat().st_ino
             listener.listen(8)
             listener.settimeout(LOOK_S)
             try:
                 self._loop(listener)
             finally:
-                self._remove(".sock", ".lock")
-        self._remove(".log")
+                with contextlib.suppress(OSError):
+                    if self._path.stat().st_ino == mine:  # not that of a successor
+                        self._path.unlink()
+        with contextlib.suppress(OSError):
+            self._path.with_suffix(".log").unlink()
 
     def _loop(self, listener: socket.socket) -> None:
         busy = time.monotonic()
@@ -97,7 +102,7 @@ class Resident:
 
     def _open(self, header: dict[str, Any]) -> Station:
         if self._station is None:
-            self._idle_s = float(header["run_config"].get("flower.idle_s") or self._idle_s)
+            self._idle_s = Plugin.read(header["run_config"]).idle_s
             identity = read_identity(header["run_config"], header["node_config"])
             self._station = Station(identity, find_opener(header["opener"]), resident=True, on_step=self._on_step)
         return self._station
@@ -111,14 +116,12 @@ class Resident:
             traceback.print_exc()
 
     def _on_step(self, step: int, steps: int, loss: float) -> None:
-        """Ends training when who asked has hung up, as Flower does with a message that is too late."""
-        if self._connection and select.select([self._connection], [], [], 0)[0]:
-            raise _HungUpError
-
-    def _remove(self, *suffixes: str) -> None:
-        for suffix in suffixes:
-            with contextlib.suppress(OSError):
-                self._path.with_suffix(suffix).unlink()
+        """Ends training when who asked has hung up, as Flower does with a ClientApp that it has given up."""
+        if self._connection:
+            poll = select.poll()
+            poll.register(self._connection, select.POLLIN)
+            if poll.poll(0):
+                raise _HungUpError
 
 
 class _HungUpError(Exception):

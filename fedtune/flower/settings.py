@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, get_origin
 from fedtune.config import Config, parse
 from fedtune.config.members import member_config
 from fedtune.errors import ConfigError, problem
+from fedtune.flower.plugin import Plugin
 from fedtune.methods import METHODS
 
 Scalars: TypeAlias = Mapping[str, str | int | float | bool]
@@ -30,6 +31,7 @@ class Identity:
 
 def read_config(run_config: Scalars) -> Config:
     """Reads a run config; raises ConfigError listing every fault."""
+    Plugin.read(run_config)
     return parse(_sections(run_config), "--run-config")
 
 
@@ -46,7 +48,8 @@ def read_identity(run_config: Scalars, node_config: Scalars) -> Identity:
     merged, own = dict(run_config), _own(node_config)
     partition = node_config.get("partition-id")
     if partition is not None:
-        merged["simulation.clients"] = _count(run_config, node_config, int(partition))
+        partition = _whole("partition-id", partition)
+        merged["simulation.clients"] = _count(run_config, node_config, partition, "data.name" in own)
     config = parse(_sections({**merged, **own}), "--run-config with --node-config")
     if "client.id" in own:
         return Identity(config, None)
@@ -55,10 +58,10 @@ def read_identity(run_config: Scalars, node_config: Scalars) -> Identity:
         raise ConfigError(
             problem("--node-config of this SuperNode", want, ", ".join(map(str, node_config)) or "nothing")
         )
-    member = member_config(config, int(partition), config.client.address)
+    member = member_config(config, partition, config.client.address)
     given = {key[7:]: getattr(config.client, key[7:]) for key in own if key.startswith("client.")}
     config = replace(member, client=replace(member.client, **given))
-    return Identity(config, None if "data.name" in own else int(partition))
+    return Identity(config, None if "data.name" in own else partition)
 
 
 def _own(node_config: Scalars) -> dict[str, Any]:
@@ -71,15 +74,24 @@ def _own(node_config: Scalars) -> dict[str, Any]:
     return own
 
 
-def _count(run_config: Scalars, node_config: Scalars, partition: int) -> int:
+def _count(run_config: Scalars, node_config: Scalars, partition: int, own_data: bool) -> int:
     """How many parts the data is dealt into: Flower's number, which a number in the run config must agree with."""
     stated, flower = run_config.get("simulation.clients", ""), node_config.get("num-partitions")
     if flower is None:
-        return int(stated) if stated != "" else partition + 1
-    if stated != "" and int(stated) != int(flower):
+        if stated == "" and not own_data:
+            remedy = "Add num-partitions=N, the number of SuperNodes"
+            raise ConfigError(problem("--node-config", "num-partitions beside partition-id", "none", remedy))
+        return partition + 1 if stated == "" else _whole("simulation.clients", stated)
+    if stated != "" and _whole("simulation.clients", stated) != _whole("num-partitions", flower):
         remedy = "Set both to the number of SuperNodes, or leave simulation.clients empty"
         raise ConfigError(problem("simulation.clients", f"num-partitions, which is {flower}", stated, remedy))
-    return int(flower)
+    return _whole("num-partitions", flower)
+
+
+def _whole(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(problem(name, "a whole number from 0 on", repr(value)))
+    return value
 
 
 def _sections(flat: Scalars) -> dict[str, Any]:
@@ -95,6 +107,8 @@ def _sections(flat: Scalars) -> dict[str, Any]:
         inner = nested.setdefault(section, {})
         for table in tables:
             inner = inner.setdefault(table, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(problem(key, f"keys of {table}, or {table} alone", "both"))
         inner[last] = _value(section, field, value, name)
     return nested
 

@@ -18,6 +18,7 @@ from fedtune import rules
 from fedtune.capability import Capability, planned
 from fedtune.config import Config, Shared
 from fedtune.errors import ConfigError, FedtuneError, ProtocolError, RoundError, problem
+from fedtune.flower.late import Late
 from fedtune.flower.messages import content
 from fedtune.flower.orders import Orders, hello, welcome
 from fedtune.flower.record import RoundLog, RunFolder
@@ -34,7 +35,7 @@ LOOK_S = 3.0
 
 @dataclass
 class _Open:
-    """The open round. `waiting` holds the node behind each message that has no reply yet."""
+    """The open round. `waiting` holds the node behind each message that has no reply yet, in any attempt."""
 
     round: Round
     log: RoundLog
@@ -43,6 +44,7 @@ class _Open:
     waiting: dict[str, Node] = field(default_factory=dict)
     began: float = 0.0
     quorum_at: float | None = None
+    lacked: set[str] = field(default_factory=set)
 
 
 class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so its types are not there to check
@@ -67,6 +69,7 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
         self._greeting = welcome(self._shared, base.digest, "")
         self._roster: Roster | None = None
         self._open: _Open | None = None
+        self._late = Late()
         self._taken: dict[str, int] = {}  # round of each client's last update that was folded in
         self._plans: dict[Member, Member] = {}  # what was planned for a client, by what it said of itself
 
@@ -98,11 +101,13 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
         if initial_arrays or train_config or evaluate_config or evaluate_fn:
             raise ConfigError("FedtuneStrategy.start: expected grid and num_rounds only; the rest is in --run-config")
         self._greeting = welcome(self._shared, self._base.digest, str(grid.run.run_id))
-        self._roster = Roster(grid, self._admit, hello(self._greeting), self._event)
+        patience = max(HELLO_S, self._config.rounds.deadline_s) if self._config.rounds.plan_s else HELLO_S
+        self._roster = Roster(grid, self._admit, hello(self._greeting), self._event, patience)
         try:
             return self._run(self._roster, num_rounds or self._config.rounds.count)
-        except FedtuneError as error:
-            self._event("run_finished", f"error: {error}", outcome="failed", reason=str(error))
+        except Exception as error:  # recorded whatever it is: Flower's own errors end a run, too
+            reason = str(error) if isinstance(error, FedtuneError) else f"{type(error).__name__}: {error}"
+            self._event("run_finished", f"error: {reason}", outcome="failed", reason=reason)
             raise
         finally:
             self._roster.dismiss()
@@ -120,13 +125,16 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
         rounds, nodes = self._config.rounds, roster.nodes
         log = self._open.log if self._open else RoundLog(server_round, attempt=0)
         log.attempt += 1
-        free = [client for client in nodes if client not in log.weights]
-        target = rounds.clients or max(rounds.min_clients, len(free) + len(log.weights))
+        here = {node.id for node in nodes.values()}
+        waiting = {m: node for m, node in self._open.waiting.items() if node.id in here} if self._open else {}
+        busy = {node.member.id for node in waiting.values()} | self._late.clients
+        free = [client for client in nodes if client not in log.weights and client not in busy]
+        target = rounds.clients or max(rounds.min_clients, len(nodes.keys() | log.weights.keys()))
         count = max(0, asked(target, rounds.over_select) - len(log.weights))
         chosen = select(self._shared.seed, server_round, log.attempt, free, count)
         current = self._open.round if self._open else Round(self._shared.method, self.state, server_round)
         tasks = Orders(current, self.digest, self._greeting, [nodes[client].member for client in chosen])
-        self._open = _Open(current, log, tasks, target, began=time.monotonic())
+        self._open = _Open(current, log, tasks, target, waiting, began=time.monotonic())
         self._event("round_started", round=server_round, attempt=log.attempt, selected=list(chosen))
         return [self._message(self._open, nodes[client]) for client in chosen]
 
@@ -140,6 +148,7 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
         found = [(work.waiting.pop(reply.metadata.reply_to_message_id), reply) for reply in replies]
         for node, reply in sorted(found, key=lambda pair: pair[0].member.id):
             self._take(work, node, reply)
+        self._late.add(work.waiting, server_round - 1)
         self.state = work.round.close()
         self.digest = digest(self.state)
         work.log.notes = work.round.notes()
@@ -165,10 +174,11 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
 
     def _run(self, roster: Roster, count: int) -> Result:
         self.summary()
-        result = Result()
+        result, needed = Result(), rules.needed(self._config.rounds)
         for number in range(1, count + 1):
             while True:
-                roster.assemble(rules.needed(self._config.rounds), self._config.rounds.deadline_s)
+                roster.assemble(needed, self._config.rounds.deadline_s)
+                self._late.leave(roster.grid, roster.nodes, needed, self._config.rounds.deadline_s)
                 messages = self.configure_train(number, ArrayRecord(), ConfigRecord(), roster.grid)
                 if self._gather(roster, self._opened(), list(messages)):
                     break
@@ -201,13 +211,14 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
     def _gather(self, roster: Roster, work: _Open, messages: Sequence[Message]) -> bool:
         """Takes replies until the rules close the round (True) or want another attempt (False)."""
         by_id = {node.id: node for node in roster.nodes.values()}
-        work.waiting = push(roster.grid, [(message, by_id[message.metadata.dst_node_id]) for message in messages])
+        work.waiting |= push(roster.grid, [(message, by_id[message.metadata.dst_node_id]) for message in messages])
         absent: set[int] = set()
         looked = time.monotonic()
         while True:
             for reply in pull(roster.grid, work.waiting):
                 self._take(work, work.waiting.pop(reply.metadata.reply_to_message_id), reply)
             if time.monotonic() - looked > LOOK_S:
+                self._late.hear(roster.grid)
                 absent, looked = roster.absent(work.waiting.values()), time.monotonic()
             move = self._decide(work, sum(node.id not in absent for node in work.waiting.values()))
             if move is rules.Move.FAIL:
@@ -249,8 +260,12 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
         self._event("update_accepted", round=log.number, client=client, weight=update.weight, bytes=size)
 
     def _resend(self, work: _Open, node: Node, have: int) -> None:
+        client = node.member.id
+        if client in work.lacked or not node.resident or node.version == -1:
+            raise ProtocolError(problem(f"reply of {client}", "an update", "another request for the state"))
         if not -1 <= have < work.round.number or have == node.version:
-            raise ProtocolError(problem(f"version held by {node.member.id}", "one that leads on", have))
+            raise ProtocolError(problem(f"version held by {client}", "one that leads on", have))
+        work.lacked.add(client)
         node.version = have
         work.waiting.update(push(self._driven().grid, [(self._message(work, node), node)]))
 

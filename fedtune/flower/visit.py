@@ -33,7 +33,11 @@ BYE = "fedtune.bye.v1"
 
 START_S = 60.0
 """Seconds a worker may take until it listens; torch is imported only afterwards."""
+OLD_S = 30 * 86400.0
+"""Seconds after which a lock or a log of a worker that is gone may be removed."""
 _MAX = 2**44
+_LONGEST = 107  # bytes of a Unix socket's path
+_NAME = 26  # bytes of a slash, a worker's name and its suffix
 
 
 class WorkerError(RuntimeError):
@@ -84,6 +88,8 @@ def folder() -> Path:
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise WorkerError(f"{path}: expected a folder that only you may enter; remove it, or set FEDTUNE_SOCKETS")
+    if len(os.fsencode(path)) + _NAME > _LONGEST:
+        raise WorkerError(f"{path}: expected at most {_LONGEST - _NAME} bytes; set FEDTUNE_SOCKETS to a shorter folder")
     return path
 
 
@@ -151,6 +157,7 @@ def _start(name: str, path: Path) -> socket.socket:
     """Starts a worker of its own session, so that it outlives this process; it ends with the one above this."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
+    _sweep(path.parent)
     log = path.with_suffix(".log")
     command = [sys.executable, "-m", "fedtune.flower.resident", str(path), str(os.getppid())]
     with log.open("wb") as stream:
@@ -162,8 +169,18 @@ def _start(name: str, path: Path) -> socket.socket:
         if connection := _try(path):
             return connection
         time.sleep(0.01)
+    if connection := _try(path):
+        return connection
     process.kill()
     raise WorkerError(f"the resident worker did not start; see {log}:\n{_tail(log)}")
+
+
+def _sweep(place: Path) -> None:
+    """Removes what runs that ended long ago have left: locks, and logs of workers that died."""
+    for old in place.iterdir():
+        with contextlib.suppress(OSError):
+            if old.suffix in (".lock", ".log") and time.time() - old.stat().st_mtime > OLD_S:
+                old.unlink()
 
 
 def _tail(log: Path) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from fedtune.base import open_base
+from fedtune.capability import Capability
 from fedtune.directions import Coefficients, Pool
 from fedtune.errors import ProtocolError, TrainingError, problem
 from fedtune.lora import LoraSpec
@@ -69,6 +70,11 @@ class OwnWorker:
         self.base.reset()
         self.shifted.reset()
         self.attached = None
+
+    def measure(self, method: Method, member: Member) -> Capability:
+        """Raises ProtocolError: what one step of a function costs cannot be told from outside."""
+        remedy = "State client.depth and client.rank by hand"
+        raise ProtocolError(problem("client.measure", "false, with a training function of one's own", "true", remedy))
 
     def job(self, method: Method, member: Member, round_number: int) -> TorchJob:
         """Starts one round's turn."""

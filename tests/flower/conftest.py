@@ -14,56 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-TOY = '''
-"""A node without torch, and ways to fail."""
-
-import os
-import signal
-import struct
-from pathlib import Path
-
-from fedtune.testing import ToyWorker
-
-
-def open_worker(config, shared, index, on_step):
-    fault = config.data.label if config.data.client_key == config.client.id else ""
-
-    def delay():
-        if fault == "raise":
-            raise ValueError("the toy was told to fail")
-        if fault == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        (Path(config.model.name).parent / f"{config.client.id}.{os.getpid()}.pid").touch()
-
-    return ToyWorker(Path(config.model.name), seed=shared.seed, examples=10 + 3 * (index or 0), delay=delay)
-
-
-def nan_mod(message, context, call_next):
-    """Sends NaN as a hostile node would: with a header that fits."""
-    from fedtune.flower.messages import as_array, content, read_array
-    from fedtune.flower.packets import UPDATE, pack, unpack
-    from fedtune.wire.frames import sha256
-    from fedtune.wire.v1 import coordinator_pb2 as pb
-
-    reply = call_next(message, context)
-    array = read_array(reply)
-    if context.run_config["data.label"] != "nan" or array.stype != UPDATE:
-        return reply
-    packet = unpack(array.data)
-    header = pb.SubmitHeader.FromString(packet.headers[0])
-    if header.client_id == context.run_config["data.client_key"]:
-        payload = struct.pack("<f", float("nan")) + bytes(packet.payload[4:])
-        header.sha256 = sha256([payload])
-        reply.content = content(as_array(UPDATE, pack([header.SerializeToString()], [payload])))
-    return reply
-'''
-CLIENT_APP = """
-from fedtune.flower.client import client_app
-from fedtune_app.toy import nan_mod, open_worker
-
-app = client_app(open_worker, mods=[nan_mod])
-"""
+from toy_app import CLIENT_APP, TOY
 
 
 def free_port() -> int:
@@ -400,3 +351,13 @@ def start_server(toml: Path, flat: dict[str, object]) -> "subprocess.Popen[bytes
         sets.append(f"{key}={value if listed else json.dumps(value)}")
     command = [sys.executable, "-m", "fedtune_server", str(toml)]
     return subprocess.Popen([*command, *(part for s in sets for part in ("--set", s))], stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """Makes configuration, grid and strategy of a run in this process, where nothing waits long."""
+    pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedtune[flower]'")
+    import loop_grid
+
+    loop_grid.hurry(monkeypatch)
+    return lambda **settings: loop_grid.make(tmp_path, **settings)

@@ -4,12 +4,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app as cli
 from fedtune.config import Config, load, parse
 from fedtune.errors import ConfigError
-from fedtune.flower.app import write_app
+from fedtune.flower.app import project, write_app
 from fedtune.flower.packets import pack, unpack
 from fedtune.flower.settings import read_config, read_identity
 from fedtune.methods import METHODS
@@ -94,6 +96,47 @@ def test_a_wrong_key_is_named():
         read_config({"rounds": 3})
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("resident", "sometimes"),
+        ("keep", "many"),
+        ("keep", -1),
+        ("keep", 1.5),
+        ("idle_s", -1),
+        ("idle_s", 0),
+        ("idle_s", True),
+        ("strange", 1),
+    ],
+)
+def test_a_wrong_key_of_the_plug_in_is_named(key, value):
+    with pytest.raises(ConfigError, match=rf"flower.*{key}|flower\.{key}"):
+        read_config({f"flower.{key}": value})
+
+
+def test_a_table_given_twice_is_refused():
+    with pytest.raises(ConfigError, match=r"method\.uplink\.codec"):
+        read_config({"method.name": "fedavg-lora", "method.uplink": "int8", "method.uplink.codec": "int8"})
+
+
+_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).map(lambda text: text.strip() or "x")
+
+
+@given(_TEXT.filter(lambda text: "{" not in text and "}" not in text), st.lists(_TEXT, min_size=1, max_size=3))
+def test_any_text_survives_the_apps_file(text, modules):
+    config = parse({"data": {"template": text + "{prompt}"}, "method": {"target_modules": modules}})
+    found = tomllib.loads(project(config, Path("app"), "fedtune_app"))["tool"]["flwr"]["app"]["config"]
+    flat = {f"{section}.{key}": value for section, keys in found.items() for key, value in keys.items()}
+    read = read_config({key: value for key, value in flat.items() if not isinstance(value, dict)})
+    assert read.data.template == text + "{prompt}"
+    assert read.method.target_modules == tuple(modules)
+
+
+def test_a_limit_of_the_coordinators_is_in_the_app(tmp_path):
+    write_app(tmp_path / "a", parse({"server": {"max_update_mb": 7}}))
+    assert read_config(settings(tmp_path / "a")).server.max_update_mb == 7
+
+
 def test_a_node_by_its_partition():
     identity = read_identity({"simulation.ranks": "4, 8"}, {"partition-id": 1, "num-partitions": 12})
     assert (identity.config.client.id, identity.config.client.rank, identity.index) == ("client-01", 8, 1)
@@ -121,6 +164,9 @@ def test_a_partition_with_a_device_of_its_own():
         ({"simulation.clients": 4}, {"partition-id": 0, "num-partitions": 2}, "num-partitions, which is 2"),
         ({}, {"partition-id": 5, "num-partitions": 2}, "client index"),
         ({}, {"client.id": "No Such"}, r"client\.id"),
+        ({}, {"partition-id": 0}, "expected num-partitions beside partition-id, got none"),
+        ({}, {"partition-id": "a", "num-partitions": 2}, "partition-id: expected a whole number"),
+        ({}, {"partition-id": 0, "num-partitions": "x"}, "num-partitions: expected a whole number"),
     ],
 )
 def test_a_node_that_cannot_be(run, node, words):

@@ -72,7 +72,7 @@ class World:
         run_config = {"model.name": str(self.folder / "model"), **{k.replace("__", "."): v for k, v in config.items()}}
         opener = [str(self.folder), "opener_of_tests", "open_worker"]
         turn = dict(self.order.turn)
-        node = {"partition-id": 0}
+        node = {"partition-id": 0, "num-partitions": 1}
         return {"stype": stype, "turn": turn, "run_config": run_config, "node_config": node, "opener": opener}
 
     def workers(self):
@@ -104,7 +104,7 @@ def test_one_worker_serves_all_and_ends_when_told(world):
     assert len(workers) == 1
     world.bye()
     gone(workers)
-    assert list(visit.folder().iterdir()) == []
+    assert [path.suffix for path in visit.folder().iterdir()] == [".lock"]
 
 
 def test_it_is_started_once_when_many_ask_at_once(world):

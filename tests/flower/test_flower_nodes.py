@@ -1,0 +1,176 @@
+"""Nodes that fail, are late, are refused or lie: nothing of it may stop, slow down or change a run of the others."""
+
+import time
+
+import pytest
+
+pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedtune[flower]'")
+
+from flwr.app import Error, Message
+from loop_grid import KEEPING, events
+
+from fedtune.flower.messages import as_array, content, read_array
+from fedtune.flower.packets import HELLO, LACK, pack
+from fedtune.flower.visit import BYE
+from fedtune.wire.v1 import coordinator_pb2 as pb
+
+
+def is_hello(message, node):
+    return message.metadata.dst_node_id == node and read_array(message).stype == HELLO
+
+
+def goodbyes(grid):
+    return {message.metadata.dst_node_id for message in grid.sent if read_array(message).stype == BYE}
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_turn_that_fails_once_leaves_a_clients_memory_as_it_was(made, simulated, resident):
+    config, grid, strategy, flat = made(method=KEEPING, resident=resident)
+    station, turns, plain, refused = grid.stations[2], [], grid._reply, []
+    station.prepare()
+    opened = station._open
+
+    def opener(*arguments):
+        worker = opened(*arguments)
+
+        def delay():
+            turns.append(1)
+            if len(turns) == 3:
+                raise ValueError("once")
+
+        worker._delay = delay
+        return worker
+
+    def reply(message):
+        try:
+            return plain(message)
+        except ValueError as error:
+            refused.append(error)
+            return Message(Error(2, str(error)), reply_to=message)
+
+    station._open, grid._reply = opener, reply
+    strategy.start(grid)
+    assert len(refused) == 1
+    want = simulated({k: v for k, v in flat.items() if k != "simulation.clients"}, 3)
+    assert [e["digest"] for e in events(config, "round_closed")] == want
+
+
+def test_a_hello_that_fails_is_asked_again(made):
+    config, grid, strategy, _ = made(min_clients=3, deadline_s=20.0)
+    plain, failed = grid._reply, []
+
+    def reply(message):
+        if is_hello(message, 2) and len(failed) < 2:
+            failed.append(message)
+            return Message(Error(8, "ClientApp stopped responding."), reply_to=message)
+        return plain(message)
+
+    grid._reply = reply
+    strategy.start(grid)
+    assert len(failed) == 2
+    assert [len(e["clients"]) for e in events(config, "round_closed")] == [3, 3, 3]
+
+
+def test_a_node_that_never_says_who_it_is_delays_the_first_round_alone(made, monkeypatch):
+    monkeypatch.setattr("fedtune.flower.strategy.HELLO_S", 1.0)
+    config, grid, strategy, _ = made(min_clients=2)
+    plain = grid._reply
+    grid._reply = lambda message: None if is_hello(message, 2) else plain(message)
+    strategy.start(grid)
+    closed = [e["time"] for e in events(config, "round_closed")]
+    assert [len(e["clients"]) for e in events(config, "round_closed")] == [2, 2, 2]
+    assert closed[-1] - closed[0] < 1.0, "three hellos in turn would take two seconds more"
+
+
+def test_a_node_that_is_late_gets_no_task_until_it_has_answered(made):
+    config, grid, strategy, _ = made(quorum=0.6)
+    plain, held = grid._reply, {}
+
+    def reply(message):
+        answer = plain(message)
+        if message.metadata.message_type != "train" or message.metadata.dst_node_id != 2:
+            return answer
+        held[message.metadata.message_id] = answer
+        return None
+
+    def close_round(*arguments):
+        if strategy._late.clients and len(events(config, "round_closed")) == 2:
+            grid.replies |= held  # while round 3 waits to begin, what was asked in round 1 arrives
+
+    grid._reply = reply
+    hear = strategy._late.hear
+    strategy._late.hear = lambda grid: (close_round(), hear(grid))
+    strategy.start(grid)
+    tasks = [m for m in grid.sent if m.metadata.message_type == "train" and m.metadata.dst_node_id == 2]
+    assert [len(e["clients"]) for e in events(config, "round_closed")] == [2, 2, 2]
+    assert len(tasks) == 2, "in round 1, and in round 3, when the answer to round 1 had come"
+
+
+def test_a_run_waits_for_a_late_node_that_it_needs(made):
+    config, grid, strategy, _ = made(nodes=2, clients=1, min_clients=2, quorum=1.0, deadline_s=20.0)
+    strategy._late.add({"99": _stand_in(grid)}, 0)
+    grid.replies["99"] = None
+    began, hear = time.monotonic(), strategy._late.hear
+
+    def late(grid_):
+        if time.monotonic() - began > 0.3 and "99" in grid.replies:
+            grid.replies["99"] = Message(Error(2, "late"), reply_to=_sent("99"))
+        hear(grid_)
+
+    strategy._late.hear = late
+    strategy.start(grid)
+    assert len(events(config, "round_closed")) == 3
+    assert events(config, "round_started")[0]["time"] - events(config, "client_joined")[0]["time"] > 0.1
+
+
+def test_a_node_may_ask_for_the_state_once_a_round(made):
+    config, grid, strategy, _ = made(quorum=0.6, grace_s=5.0)
+    asked = []
+
+    def lack(stype, data):
+        closed = len(events(config, "round_closed"))
+        if closed < 2:
+            return content(as_array(stype, data))
+        asked.append(closed)
+        request = pb.FetchRequest(client_id="client-01", have=(len(asked) + 1) % 2)
+        return content(as_array(LACK, pack([request.SerializeToString()])))
+
+    grid.damage["client-01"] = lack
+    strategy.start(grid)
+    assert len(asked) == 2
+    assert "another request for the state" in events(config, "update_refused")[-1]["reason"]
+
+
+def test_the_worker_of_a_refused_node_is_told_goodbye(made):
+    config, grid, strategy, _ = made()
+    grid.stations[3] = grid._station(1, 3)
+    strategy.start(grid)
+    assert {e["node"] for e in events(config, "client_refused")} == {"3"}
+    assert goodbyes(grid) == {1, 2, 3}
+
+
+def test_an_error_of_flowers_own_is_recorded(made):
+    config, grid, strategy, _ = made()
+
+    def broken(message_ids):
+        raise ConnectionError("the SuperLink is gone")
+
+    grid.pull_messages = broken
+    with pytest.raises(ConnectionError, match="the SuperLink is gone"):
+        strategy.start(grid)
+    (event,) = events(config, "run_finished")
+    assert (event["outcome"], event["reason"]) == ("failed", "ConnectionError: the SuperLink is gone")
+
+
+def _sent(number):
+    """A message that was sent under a number."""
+    message = Message(content(as_array("x", b"\0")), dst_node_id=2, message_type="train")
+    message.metadata.__dict__["_message_id"] = number
+    return message
+
+
+def _stand_in(grid):
+    from fedtune.flower.roster import Node
+    from fedtune.method import Member
+
+    return Node(2, Member("client-01", 2, 4.0), resident=True)
