@@ -58,6 +58,11 @@ def test_seed_methods_are_refused_with_the_reason():
         simulate(METHODS["fedkseed"](), base, [Member("a")], lambda member: worker(), 1, 5)
 
 
+def test_what_it_costs_cannot_be_measured():
+    with pytest.raises(ProtocolError, match=r"client\.measure: expected false.*State client\.depth"):
+        worker().measure(METHODS["flora"](), Member("a"))
+
+
 def test_a_function_that_trains_nothing_is_an_error():
     held = worker(lambda model, seed: {"loss": 1.0})
     method = METHODS["flora"](rank=2)
