@@ -17,8 +17,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -36,15 +38,9 @@ def sampled(done: threading.Event, most: dict[str, float]) -> None:
                 most[name] = max(most.get(name, 0), int(value.split()[0]))
 
 
-def work(way: str, model: str, steps: int) -> dict[str, float]:
-    """Works one way and returns what it took: KiB, and milliseconds of an early and of the last steps."""
-    import torch
-
+def opened(way: str, model: str, steps: int, on_step: Callable[..., None]) -> Any:
+    """Opens a worker on rows of 64 tokens."""
     from fedtune.config import Shared, parse
-    from fedtune.method import Member
-    from fedtune.methods import FedAvgLoRA, FedKSeed
-    from fedtune.rounds import Replica, Round
-    from fedtune.rounds import work as turn
     from fedtune.training.worker import TorchWorker
 
     with tempfile.TemporaryDirectory() as place:
@@ -55,27 +51,40 @@ def work(way: str, model: str, steps: int) -> dict[str, float]:
             "training": {"batch_size": 1, "max_length": 64, "steps": steps, "packing": False},
             "client": {"low_memory": way == "fedkseed-low"},
         })  # fmt: skip
-        shared = Shared.of(config)
-        ends: list[float] = []
-        worker = TorchWorker.open(config, shared, on_step=lambda *_: ends.append(time.process_time()))
+        return TorchWorker.open(config, Shared.of(config), on_step=on_step)
+
+
+def turn_of(way: str, model: str, steps: int, worker: Any) -> Callable[[], object]:
+    """Prepares what is measured: forward passes, or one turn of a client."""
+    import torch
+
+    from fedtune.base import open_base
+    from fedtune.method import Member
+    from fedtune.methods import FedAvgLoRA, FedKSeed
+    from fedtune.rounds import Replica, Round
+    from fedtune.rounds import work as turn
+    from fedtune.training.models import resolve_model
+
+    if way == "inference":
+        ids = torch.arange(64)[None]
+        return torch.inference_mode()(lambda: all(worker.base.model(input_ids=ids).logits.any() for _ in range(steps)))
     method: FedKSeed | FedAvgLoRA = FedAvgLoRA(rank=16)
     if way.startswith("fedkseed"):
         method = FedKSeed(steps=steps, learning_rate=1e-6, train="lora" if way == "fedkseed-lora" else "all")
-    from fedtune.base import open_base
-    from fedtune.training.models import resolve_model
+    member = method.admit(Member("a"))
+    task = Round(method, method.init(open_base(resolve_model(model)), 1), 1).task(member)
+    return lambda: b"".join(turn(method, task, worker.job(method, member, 1), Replica()))
 
-    state = method.init(open_base(resolve_model(model)), 1)
-    task, member = Round(method, state, 1).task(method.admit(Member("a"))), method.admit(Member("a"))
+
+def work(way: str, model: str, steps: int) -> dict[str, float]:
+    """Works one way and returns what it took: KiB, and milliseconds of early and of late steps."""
+    ends: list[float] = []
+    run = turn_of(way, model, steps, opened(way, model, steps, lambda *_: ends.append(time.process_time())))
     most: dict[str, float] = {}
     done = threading.Event()
     watch = threading.Thread(target=sampled, args=(done, most))
     watch.start()
-    if way == "inference":
-        with torch.inference_mode():
-            for _ in range(steps):
-                worker.base.model(input_ids=torch.arange(64)[None])
-    else:
-        b"".join(turn(method, task, worker.job(method, member, 1), Replica()))
+    run()
     done.set()
     watch.join()
     took = [1e3 * (after - before) for before, after in pairwise(ends)] or [0.0]
