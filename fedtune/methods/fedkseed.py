@@ -25,7 +25,7 @@ from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 from safetensors.numpy import save_file
 
-from fedtune.agreement import Total, agreed, folded, noted
+from fedtune.agreement import Total, folded, judged
 from fedtune.directions import Pool
 from fedtune.errors import ProtocolError, problem
 from fedtune.kspace import LIMIT, UNIT, Longs, Sum, check_pairs, levels, packed, probabilities, unpacked
@@ -56,7 +56,7 @@ class FedKSeed(Method):
         loss_clip: steps whose two losses differ by more are skipped; 0 skips none.
         pro: draw seeds by the mean size of their past scalars.
         krum_byzantine: f, clients a round that may be hostile: multi-Krum leaves out the f whose K-vectors are farthest
-            from the others'. Rounds need 2 f + 3 updates.
+            from the others', and each client counts for one whatever its weight. Rounds need 2 f + 3 updates.
         clip_norm: longest K-vector (a client's scalars summed by seed); longer ones are scaled down; 0 scales none.
         train: `all` weights; `sparse`: the smallest of each tensor of the base (Sparse MeZO); or `lora`: the factors of
             an adapter, A drawn from `run.seed`, B zero.
@@ -126,20 +126,21 @@ class FedKSeed(Method):
     def fold(self, total: Total | None, update: Tensors, member: Member, weight: int) -> Total:
         """Adds the scalars by seed, in integers, to those of the same model.
 
-        Multi-Krum compares clients, so with `krum_byzantine` each one's K-vector is kept to the end of the round.
+        Multi-Krum compares clients, so with `krum_byzantine` each one's K-vector is kept to the end of the round. There
+        each client counts for one: a weight is what it says of itself.
         """
+        weight = 1 if self.krum_byzantine else weight
         mine = Sum.of(update, self.seeds, self.directions, member.id, weight, self.clip_norm)
         return folded(total, update["model"].tobytes(), member.id if self.krum_byzantine else "", mine)
 
     def finish(self, state: Tensors, total: Total, weight: int) -> Tensors:
-        """Adds the mean of the updates that agree on the model, by the larger weight, and are trusted.
-
-        Raises:
-            RoundError: too few of them for multi-Krum.
-        """
-        model, used = agreed(total, self.krum_byzantine)
+        """Adds the mean of the updates that agree on the model and are trusted; without any the state stays."""
+        verdict = judged(total, self.krum_byzantine)
+        if not (used := verdict.used):
+            return state
         scalars = state[_TOTAL] + used.mean()
-        after = {**{name: state[name] for name in _ONCE}, "model": np.frombuffer(model, np.uint8), _TOTAL: scalars}
+        after = {name: state[name] for name in _ONCE}
+        after |= {"model": np.frombuffer(verdict.model, np.uint8), _TOTAL: scalars}
         now = np.zeros(self.seeds, np.int64)
         if self.pro:
             after[_SIZES], after[_COUNTS] = state[_SIZES] + used.sizes, state[_COUNTS] + used.counts
@@ -147,8 +148,8 @@ class FedKSeed(Method):
         return {**after, **self._public(scalars, now, int(state["exponent"][0]))}
 
     def notes(self, state: Tensors, total: Total) -> dict[str, list[str]]:
-        """Names the clients whose model disagreed, those multi-Krum left out, and those whose K-vector was clipped."""
-        return noted(total, self.krum_byzantine)
+        """Names clients that were left out or clipped, and says where multi-Krum did less than it was asked for."""
+        return judged(total, self.krum_byzantine).notes
 
     def install(self, job: ClientJob, received: Tensors) -> None:
         """Rebuilds the model from the base."""

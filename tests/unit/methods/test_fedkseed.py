@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from fedtune.codecs import raw
 from fedtune.config import parse
 from fedtune.directions import Pool, layout, reference
-from fedtune.errors import ConfigError, ProtocolError, RoundError, WireError
+from fedtune.errors import ConfigError, ProtocolError, WireError
 from fedtune.kspace import LIMIT, levels, probabilities, unpacked
 from fedtune.method import Member, Part, ZeroOrder
 from fedtune.methods import FedKSeed
@@ -237,8 +237,30 @@ def test_a_hostile_client_is_left_out_and_named(base):
     want, _ = closed(["c0", "c1", "c3", "c4"], plain=True)
     for order in (["c0", "c1", "c2", "c3", "c4", "c9"], ["c9", "c4", "c2", "c1", "c3", "c0"]):
         assert closed(order) == (want, {"disagreed": ["c9"], "left_out": ["c2"]})
-    with pytest.raises(RoundError, match="Krum"):
-        closed(["c0", "c1", "c2", "c3", "c9"])
+    everyone, _ = closed(["c0", "c1", "c3"], plain=True)
+    notes = {"disagreed": ["c9", "d9"], "krum_byzantine": ["0 of 1"]}
+    updates["d9"] = updates["c9"]
+    assert closed(["c0", "c9", "c1", "d9", "c3"]) == (everyone, notes)
+
+
+def test_a_weight_of_ones_own_choice_evicts_nobody_and_pulls_no_harder(base):
+    method = FedKSeed(**SMALL, krum_byzantine=1)
+    state = method.init(base, 1)
+    near = [(_update(method, [3], [g]), 100) for g in (1.0, 1.1, 1.2, 1.3, 1.5)]
+    other, same = _update(method, [3], [9.0], b"\1" * 32), _update(method, [3], [1.0])
+    assert _scalars(_close(method, state, [*near, (other, 2**30)]))[3] == pytest.approx(1.15)
+    assert _scalars(_close(method, state, [*near[:4], (same, 2**30)]))[3] == pytest.approx(1.075, abs=1e-6)
+    assert _scalars(_close(FedKSeed(**SMALL), state, [*near, (other, 2**30)]))[3] == pytest.approx(9.0)
+
+
+def test_a_round_that_nobody_can_be_trusted_in_keeps_the_state_and_says_so(base):
+    method = FedKSeed(**SMALL, krum_byzantine=1)
+    state, rounds = method.init(base, 1), Round(method, method.init(base, 1), 1)
+    for i, model in enumerate([b"a", b"a", b"b", b"b", b"c", b"d"]):
+        payload = b"".join(method.encode(_update(method, [1], [1.0], model * 32), method.template(state, Member("a"))))
+        rounds.add(Member(f"c{i}"), payload, 2)
+    assert digest(rounds.close()) == digest(state)
+    assert list(rounds.notes()) == ["unchanged"]
 
 
 def test_a_long_update_is_clipped_and_named(base):
