@@ -101,11 +101,14 @@ class ClientJob(Protocol):
     """What a method may ask of a client's model. Implemented with torch in `fedtune.training.job`.
 
     `memory` is kept by the client between rounds: what a turn leaves in it is there in the next one if the turn's
-    update became part of its round, and otherwise never was. `seed` is of all that is drawn in this turn.
+    update became part of its round, and otherwise never was. `known` is what `Method.install` has noted about the state
+    that the model was brought to: it lasts exactly as long as the model keeps that state. `seed` is of all that is
+    drawn in this turn.
     """
 
     member: Member
     memory: dict[str, Array]
+    known: dict[str, Array]
     seed: int
 
     def merge(self, factors: Tensors) -> None:

@@ -16,7 +16,7 @@ from fedtune import exact
 from fedtune.codecs import raw
 from fedtune.errors import ProtocolError, RoundError, WireError, problem
 from fedtune.method import ClientJob, Member, Method
-from fedtune.tensors import Manifest, Tensors, leaf_digest, root_digest
+from fedtune.tensors import Array, Manifest, Tensors, leaf_digest, root_digest
 
 MAX_WEIGHT = exact.MAX_TOTAL_WEIGHT
 
@@ -107,10 +107,14 @@ class Round:
 
 @dataclass
 class Replica:
-    """A client's half: which version its model holds, and the digest of every part of the state it has received."""
+    """A client's half: which version its model holds, and the digest of every part of the state it has received.
+
+    `known` is what the method has noted while it installed that version.
+    """
 
     version: int = -1
     leaves: dict[str, bytes] = field(default_factory=dict)
+    known: dict[str, Array] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -123,6 +127,7 @@ class Replica:
         Raises:
             WireError: the task starts from a version this replica does not hold.
         """
+        job.known = self.known
         if self.version == task.version:
             return
         if task.since != self.version:

@@ -44,6 +44,7 @@ class ToyJob:
     def __init__(self, worker: "ToyWorker", member: Member, seed: int) -> None:
         self.member = member
         self.memory = worker.memory
+        self.known: dict[str, Array] = {}
         self.seed = seed
         self._worker = worker
 

@@ -155,21 +155,21 @@ class FedKSeed(Method):
         """Rebuilds the model from the base."""
         for name in (*_ONCE, "levels"):
             if name in received:
-                job.memory[name] = received[name]
+                job.known[name] = received[name]
         coefficients, exponent = unpacked(received["coefficients"]), int(received["exponent"][0])
-        digest = job.replay(self._part(job.memory), self._pool(job.memory), coefficients, exponent)
-        job.memory["model"] = np.frombuffer(digest, np.uint8)
+        digest = job.replay(self._part(job.known), self._pool(job.known), coefficients, exponent)
+        job.known["model"] = np.frombuffer(digest, np.uint8)
 
     def client_update(self, job: ClientJob, expected: Manifest) -> Tensors:
         """Draws seeds and steps along their directions; a seed of -1 is a step that was skipped."""
         rng = np.random.Generator(np.random.Philox(key=job.seed))
-        chances = probabilities(job.memory["levels"]) if self.pro else None
+        chances = probabilities(job.known["levels"]) if self.pro else None
         seeds = rng.choice(self.seeds, self.steps * self.directions, p=chances).astype(np.int32)
         plan = ZeroOrder(self.steps, self.directions, self.eps, self.learning_rate, self.optimizer, self.loss_clip)
-        g = job.zo_steps(self._part(job.memory), self._pool(job.memory), seeds, plan)
+        g = job.zo_steps(self._part(job.known), self._pool(job.known), seeds, plan)
         taken = np.abs(g) < LIMIT  # false for NaN
         scalars = np.where(taken, g, 0).astype(np.float32)
-        return {"seeds": np.where(taken, seeds, -1).astype(np.int32), "scalars": scalars, "model": job.memory["model"]}
+        return {"seeds": np.where(taken, seeds, -1).astype(np.int32), "scalars": scalars, "model": job.known["model"]}
 
     def template(self, state: Tensors, member: Member) -> Manifest:
         """Expects one seed and one scalar a direction, and the digest of the model."""

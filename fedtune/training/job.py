@@ -40,12 +40,14 @@ class TorchJob:
     Attributes:
         member: the client, as the coordinator admitted it.
         memory: what the client keeps between rounds.
+        known: what the method has noted about the state the model holds.
         seed: of all that is drawn in this turn.
     """
 
     def __init__(self, worker: Holder, member: Member, seed: int) -> None:
         self.member = member
         self.memory: dict[str, Array] = worker.memory
+        self.known: dict[str, Array] = {}
         self._worker = worker
         self.seed = seed
 

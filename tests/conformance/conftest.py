@@ -136,6 +136,7 @@ def make(tmp_path: Path, toy_folder: Path) -> Callable[..., tuple[Config, Path]]
                 "count": rounds,
                 "min_clients": more.get("min_clients", clients),
                 "plan_s": more.get("plan_s", 0),
+                **{key: more[key] for key in ("quorum", "grace_s") if key in more},
             },
             "client": {"measure": "plan_s" in more},
             "server": {"address": "127.0.0.1:0"},

@@ -1,8 +1,10 @@
 """Every method gives the same bits in every runtime, whoever is first, late or interrupted."""
 
+import itertools
 import json
 import threading
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -113,6 +115,40 @@ def test_a_client_that_comes_late_is_brought_up_to_date(make, over_grpc, method)
         assert time.monotonic() < end
         time.sleep(0.01)
     ready.set()
+    assert run.end() == played(config, [(0, 1), (0, 1, 2), (0, 1, 2)])
+
+
+def test_an_update_that_is_late_leaves_nothing_behind(make, over_grpc, method):
+    """Round 1 closes while the third client still trains, which goes on in round 2 as if it had not been there."""
+    config, _ = made = make(method, quorum=0.6, grace_s=0.05)
+    run = over_grpc(made)
+    ids = member_ids(config)
+
+    def wait(condition):
+        end = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    def opener(before_reply):
+        def open_worker(config, shared, part, on_step):
+            turns = map(before_reply, itertools.count(1))
+            return ToyWorker(Path(config.model.name), shared.seed, 10 + 3 * part, delay=partial(next, turns))
+
+        return open_worker
+
+    def late(turn):
+        if turn == 1:
+            wait(lambda: run.events("round_closed"))
+
+    def in_time(turn):
+        if turn == 1:
+            wait(lambda: len(run.events("client_ready")) == 3)
+        else:
+            wait(lambda: (ids[2], turn) in [(e["client"], e["round"]) for e in run.events("update_accepted")])
+
+    for index, before_reply in enumerate((in_time, in_time, late)):
+        run.client(index, opener(before_reply))
     assert run.end() == played(config, [(0, 1), (0, 1, 2), (0, 1, 2)])
 
 

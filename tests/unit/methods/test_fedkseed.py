@@ -340,7 +340,7 @@ def test_plan_of_a_job_is_the_methods(base, base_folder):
     seen = []
 
     class Job:
-        memory, seed = {"pool": np.array([3]), "model": np.zeros(32, np.uint8)}, 7
+        known, seed = {"pool": np.array([3]), "model": np.zeros(32, np.uint8)}, 7
 
         def zo_steps(self, part, pool, seeds, plan):
             assert part == Part()
