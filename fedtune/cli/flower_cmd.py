@@ -34,12 +34,14 @@ def new(
     * `fedtune flower new my-app`
     * `fedtune flower new my-app --config config.toml`
     """
-    from fedtune.config import load, parse
+    from fedtune.config import load
+    from fedtune.config.load import overridden
     from fedtune.config.template import demo
     from fedtune.flower.app import write_app
 
     overrides = tuple(sets or ())
-    found = load(config, overrides) if config else parse({section: dict(keys) for section, keys in demo().items()})
+    example = {section: dict(keys) for section, keys in demo().items()}
+    found = load(config, overrides) if config else overridden(example, overrides, "the demo's configuration")
     write_app(folder, _placed(found))
     out.print(
         f"Wrote {folder}. Next: [bold]fedtune flower run {folder}[/], which is flwr run with an honest exit code",

@@ -45,9 +45,14 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Config:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}). `fedtune init {path}` writes one") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    return overridden(raw, overrides, str(path))
+
+
+def overridden(raw: dict[str, Any], overrides: tuple[str, ...], source: str = "configuration") -> Config:
+    """Validates a nested mapping after changing keys of it, as `load` and `parse` do."""
     for override in overrides:
         _override(raw, override)
-    return parse(raw, str(path))
+    return parse(raw, source)
 
 
 def parse(raw: dict[str, Any], source: str = "configuration", *, whole: bool = True) -> Config:
@@ -141,7 +146,7 @@ def _fault(detail: ErrorDetails, raw: dict[str, Any], section: tuple[str, ...]) 
         known, others = _known(location[:-1], raw), _with(location)
         if others:
             name = raw.get("method", {}).get("name", FLoRA.name)
-            return f"{key}: unknown key; {name} does not have it, but {', '.join(others)}"
+            return f"{key}: unknown key; {name} does not have it, but {', '.join(others)}; remove it"
         near = difflib.get_close_matches(location[-1], known, 1)
         return f"{key}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
     message = detail["msg"].removeprefix("Value error, ")

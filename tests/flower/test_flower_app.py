@@ -80,6 +80,11 @@ def test_the_command_writes_an_app(tmp_path):
     done = CliRunner().invoke(cli, ["flower", "new", str(tmp_path / "mine"), "--set", "rounds.count=5"])
     assert done.exit_code == 0, done.output
     assert settings(tmp_path / "mine")["run.name"] == "demo"
+    assert settings(tmp_path / "mine")["rounds.count"] == 5
+    done = CliRunner().invoke(cli, ["flower", "new", str(tmp_path / "none"), "--set", "rounds.cuont=5"])
+    assert done.exit_code == 2
+    assert "did you mean count?" in done.output
+    assert not (tmp_path / "none").exists()
 
 
 def test_lists_as_text():
