@@ -52,8 +52,8 @@ class BaseModel:
 class ZeroOrder:
     """Local training without gradients: `steps` steps, each along `directions` directions, with perturbations `eps`.
 
-    `optimizer` is `sgd`, `sign` or `conservative`. A step whose two losses differ by more than `loss_clip` is skipped;
-    0 skips none.
+    `optimizer` is `sgd`, `sign` or `conservative`. A step whose two losses differ by more than `loss_clip` is skipped
+    (0: by anything), and so is one whose scalar would not be finite or below `fedtune.kspace.LIMIT`.
     """
 
     steps: int

@@ -13,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.directions import Coefficients, Move, Pool
+from fedtune.kspace import LIMIT
 from fedtune.method import ZeroOrder
 
 OnStep = Callable[[int, int, float], None]
 _SETTLED = 2**22
+_STEEPEST = LIMIT * (1 - 2.0**-24)  # so its float32 is below LIMIT
 _MIXES = "it moves along a mix of all past directions, which no sum of one scalar a seed can hold. Use sgd"
 _SCALES = "it scales every weight by its own history, which scalars by seed cannot carry. Use sgd or sign"
 REFUSED = {
@@ -178,7 +180,7 @@ def train(walk: Walk, seeds: Coefficients, plan: ZeroOrder, on_step: OnStep | No
         for n in turn:
             plus, minus = walk.losses(int(seeds[n]), (plan.eps, -plan.eps), step)
             around += [plus, minus]
-            if _sound(plus, minus, plan.loss_clip):
+            if _sound(plus, minus, plan):
                 g = np.float32((plus - minus) / (2 * plan.eps))
                 scalars[n] = _scalar(walk, int(seeds[n]), g, plan, step)
         for n in turn:
@@ -191,9 +193,10 @@ def train(walk: Walk, seeds: Coefficients, plan: ZeroOrder, on_step: OnStep | No
     return Steps(scalars, losses)
 
 
-def _sound(plus: float, minus: float, clip: float) -> bool:
-    finite = math.isfinite(plus) and math.isfinite(minus)
-    return finite and (clip == 0 or abs(plus - minus) <= clip)
+def _sound(plus: float, minus: float, plan: ZeroOrder) -> bool:
+    slope = abs(plus - minus) / (2 * plan.eps)
+    sendable = slope < _STEEPEST or (plan.optimizer == "sign" and math.isfinite(slope))
+    return sendable and (plan.loss_clip == 0 or abs(plus - minus) <= plan.loss_clip)
 
 
 def _scalar(walk: Walk, k: int, g: np.float32, plan: ZeroOrder, step: int) -> np.float32:

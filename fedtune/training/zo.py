@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from fedtune.directions import KINDS, Coefficients, Pool
 from fedtune.directions.pool import Kind
 from fedtune.errors import ModelError, TrainingError, problem
-from fedtune.kspace import unpacked
+from fedtune.kspace import LIMIT, unpacked
 from fedtune.method import Part, ZeroOrder
 from fedtune.methods.fedkseed import FILE
 from fedtune.tensors import Array
@@ -67,8 +67,9 @@ def fit_seeds(
         with walking(bench.scorer.model, lines, looks, _losses(bench, batches)) as walk:
             done = train(walk, seeds, plan, bench.on_step)
     if done.skipped == len(seeds):
+        want = f"one at least with finite losses, within loss_clip, and a slope below {LIMIT:.0f}"
         remedy = "Lower method.learning_rate, or raise method.loss_clip"
-        raise TrainingError(problem("steps", "a finite loss in one of them at least", "none", remedy))
+        raise TrainingError(problem("steps", want, "none", remedy))
     tokens = sum(part.tokens for batch in batches for part in batch)
     learned = sum(len(part.at) for batch in batches for part in batch)
     sound = [loss for loss in done.losses if np.isfinite(loss)] or [0.0]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fedtune.directions import Pool, cpu, reference
+from fedtune.kspace import LIMIT
 from fedtune.method import ZeroOrder
 from fedtune.zo import Line, PlainWalk, train
 
@@ -124,3 +125,25 @@ def test_steps_that_break_the_bound_are_skipped_and_counted(hessian):
     assert done.skipped == 2
     change = -0.01 * (float(done.scalars[0]) * model.direction(0) + float(done.scalars[3]) * model.direction(3))
     assert np.allclose(model.w - model.base, change, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rise", [2 * LIMIT, 2 * LIMIT * (1 - 2.0**-30), 1e300, float("inf")])
+def test_steps_too_steep_to_be_sent_are_not_walked_either(hessian, rise):
+    """A scalar that rounds to the limit, one far beyond float32, and the last one below the limit."""
+    model, most = Model(hessian, POOLS[0]), 2 * LIMIT * (1 - 2.0**-23)
+    losses = iter([rise, 0.0, 0.0, rise, most, 0.0])
+    model.walk.loss = lambda _: next(losses)
+    done = train(model.walk, np.arange(3, dtype=np.int32), ZeroOrder(3, 1, 1.0, 1e-6))
+    assert np.isnan(done.scalars).tolist() == [True, True, False]
+    assert done.skipped == 2
+    assert np.float32(LIMIT) > done.scalars[2] > 65535
+    assert np.allclose(model.w - model.base, -1e-6 * float(done.scalars[2]) * model.direction(2), rtol=1e-6)
+
+
+def test_signs_are_sent_however_steep_the_loss(hessian):
+    model = Model(hessian, POOLS[0])
+    losses = iter([1e9, 0.0, float("inf"), 0.0])
+    model.walk.loss = lambda _: next(losses)
+    done = train(model.walk, np.arange(2, dtype=np.int32), ZeroOrder(2, 1, 1.0, 1e-3, "sign"))
+    assert done.scalars[0] == 1.0
+    assert np.isnan(done.scalars[1])

@@ -150,6 +150,14 @@ def test_a_loss_that_is_never_finite_is_an_error():
         zo.fit_seeds(_bench(model), SeedModel(model), POOL, np.zeros(2, np.int32), ZeroOrder(2, 1, 1e-3, 1e-4), 0)
 
 
+def test_steps_too_steep_to_be_sent_are_an_error_where_all_are():
+    """Logits a thousand million times too large: the losses are finite, and far apart."""
+    model = _model()
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits * 1e9)
+    with pytest.raises(TrainingError, match="slope below 65536"):
+        zo.fit_seeds(_bench(model), SeedModel(model), POOL, np.arange(2, dtype=np.int32), ZeroOrder(2, 1, 1e-3, 0.0), 0)
+
+
 def test_the_first_steps_agree_with_steps_by_hand():
     """One step's change, seen by the losses of the next: kernels and loop against plain numpy arithmetic."""
     model = _model()
