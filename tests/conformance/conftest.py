@@ -55,7 +55,7 @@ _OPTIONS["small stacks"] = {"uplink": "int4", "downlink.codec": "ternary", "down
 _OPTIONS["some"] = {"target_modules": ["q_proj", "layers.1"], "server_optimizer": "adam", "uplink": "int8"}
 _OPTIONS["adapter"] = {"train": "lora", "rank": 2, "optimizer": "sign"}
 _OPTIONS["sparse"] = {"train": "sparse", "density": 0.3, "pool": "rademacher", "clip_norm": 1.0, "directions": 2}
-_OPTIONS["krum"] = {"krum_byzantine": 1, "clip_norm": 60.0}
+_OPTIONS["krum"] = {"krum_byzantine": 1, "clip_norm": 50.0}
 _SMALL: dict[str, dict[str, Any]] = {
     "fedkseed": {"seeds": 128, "steps": 4, "learning_rate": 1e-4, "eps": 1e-2, "pro": True},
     "fedavg": {},
