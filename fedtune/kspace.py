@@ -135,7 +135,7 @@ def probabilities(seed_levels: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return chances
 
 
-def packed(change: npt.NDArray[np.float64], exponent: int) -> tuple[npt.NDArray[np.uint8], int]:
+def packed(change: npt.NDArray[np.float64], exponent: int = 60) -> tuple[npt.NDArray[np.uint8], int]:
     """Rounds numbers to 24-bit integers, low byte first (K, 3), in the finest unit that keeps a replay exact.
 
     Returns:

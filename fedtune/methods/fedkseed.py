@@ -107,7 +107,7 @@ class FedKSeed(Method):
             "layers": np.frombuffer(names.encode(), np.uint8),
             "pool": np.array([seed], np.int64),
             "model": np.zeros(32, np.uint8),
-            **self._public(zeros, zeros, 60),
+            **self._public(zeros, zeros),
         }
         return {**state, _TOTAL: zeros, **({_SIZES: zeros, _COUNTS: zeros} if self.pro else {})}
 
@@ -145,7 +145,7 @@ class FedKSeed(Method):
         if self.pro:
             after[_SIZES], after[_COUNTS] = state[_SIZES] + used.sizes, state[_COUNTS] + used.counts
             now = levels(after[_SIZES], after[_COUNTS])
-        return {**after, **self._public(scalars, now, int(state["exponent"][0]))}
+        return {**after, **self._public(scalars, now)}
 
     def notes(self, state: Tensors, total: Total) -> dict[str, list[str]]:
         """Names clients that were left out or clipped, and says where multi-Krum did less than it was asked for."""
@@ -198,8 +198,8 @@ class FedKSeed(Method):
         layers = tuple(known["layers"].tobytes().decode().split("\n"))
         return Part("lora", 1.0, LoraSpec(layers, self.rank, self.alpha or 2.0 * self.rank), int(known["pool"][0]))
 
-    def _public(self, scalars: Longs, now: Longs, exponent: int) -> dict[str, Array]:
-        """What clients need: -lr A in 24 bits, in a unit not finer than before, and Pro's levels."""
-        bits, exponent = packed(scalars.astype(np.float64) * (-self.learning_rate * UNIT), exponent)
+    def _public(self, scalars: Longs, now: Longs) -> dict[str, Array]:
+        """What clients need: -lr A in 24 bits, in a unit of this round alone, and Pro's levels."""
+        bits, exponent = packed(scalars.astype(np.float64) * (-self.learning_rate * UNIT))
         public: dict[str, Array] = {"coefficients": bits, "exponent": np.array([exponent], np.int32)}
         return {**public, "levels": now.astype(np.uint8)} if self.pro else public

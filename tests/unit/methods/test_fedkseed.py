@@ -70,6 +70,15 @@ def test_coefficients_are_minus_lr_times_the_sums(base):
         assert np.abs(got - want).max() < 2e-6 * np.abs(want).max()
 
 
+def test_the_unit_of_coefficients_is_fine_again_after_a_spike(base):
+    method = FedKSeed(**SMALL)
+    usual = _close(method, method.init(base, 1), [(_update(method, [3], [1.0]), 1)])
+    spike = _close(method, usual, [(_update(method, [5], [6e4]), 1)])
+    after = _close(method, spike, [(_update(method, [5], [-6e4]), 1)])
+    assert spike["exponent"] < usual["exponent"]
+    assert digest(after) == digest(usual)
+
+
 def test_any_order_of_arrival_gives_the_same_bits(base):
     method = FedKSeed(**SMALL, pro=True)
     rng = np.random.default_rng(0)
