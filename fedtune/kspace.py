@@ -18,6 +18,7 @@ from fedtune.tensors import Tensors
 
 LIMIT = 2.0**16  # of a scalar
 UNIT = 2.0**-32  # of scalars in sums: a client's sum over 2**13 scalars below 2**16 stays below 2**61
+_MOST = 2**62
 HISTORY_CLIP = 1000.0
 HISTORY_UNIT = 2.0**-20
 Longs = npt.NDArray[np.int64]
@@ -82,6 +83,14 @@ class Sum:
         """Returns the weighted mean of the scalars in `UNIT`, rounded half up (K,)."""
         means: Longs = ((2 * self.scalars + self.weight) // (2 * self.weight)).astype(np.int64)
         return means
+
+
+def accumulated(before: Longs, mean: Longs) -> Longs:
+    """Adds a round's mean to the sums of all rounds in `UNIT` (K,); a sum stops at 2**62 either way.
+
+    A mean is at most 2**61, so nothing wraps around. Sums of such a size are those of a run that diverged.
+    """
+    return np.clip(before + mean, -_MOST, _MOST)
 
 
 def trusted(replies: Mapping[str, Sum], byzantine: int) -> dict[str, Sum]:

@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 from fedtune.agreement import Total, folded, judged
 from fedtune.directions import Pool
 from fedtune.errors import ProtocolError, problem
-from fedtune.kspace import LIMIT, UNIT, Longs, Sum, check_pairs, levels, packed, probabilities, unpacked
+from fedtune.kspace import LIMIT, UNIT, Longs, Sum, accumulated, check_pairs, levels, packed, probabilities, unpacked
 from fedtune.lora import LoraSpec, find_layers
 from fedtune.method import BaseModel, ClientJob, Member, Method, Part, ZeroOrder
 from fedtune.tensors import PRIVATE, Array, Manifest, Tensors, TensorSpec
@@ -138,7 +138,7 @@ class FedKSeed(Method):
         verdict = judged(total, self.krum_byzantine)
         if not (used := verdict.used):
             return state
-        scalars = state[_TOTAL] + used.mean()
+        scalars = accumulated(state[_TOTAL], used.mean())
         after = {name: state[name] for name in _ONCE}
         after |= {"model": np.frombuffer(verdict.model, np.uint8), _TOTAL: scalars}
         now = np.zeros(self.seeds, np.int64)

@@ -336,6 +336,19 @@ def test_the_largest_sums_do_not_overflow(base):
     assert _scalars(after)[0] == pytest.approx(2**13 * LIMIT, rel=1e-5)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_over_rounds_stop_and_never_change_their_sign(base, sign):
+    method = FedKSeed(seeds=2, pool="rademacher", steps=2**13)
+    most = _update(method, [0] * 2**13, [sign * LIMIT * (1 - 1e-6)] * 2**13)
+    state = method.init(base, 1)
+    for rounds in range(1, 7):
+        state = _close(method, state, [(most, 1)])
+        assert _scalars(state)[0] == pytest.approx(sign * min(rounds, 2) * 2**29, rel=1e-5)
+    assert np.sign(unpacked(state["coefficients"])[0]) == -sign
+    back = _close(method, state, [({**most, "scalars": -most["scalars"]}, 1)])
+    assert _scalars(back)[0] == pytest.approx(sign * 2**29, rel=1e-5)
+
+
 def test_export_holds_what_rebuilds_the_model(base, tmp_path):
     method = FedKSeed(**SMALL)
     state = _close(method, method.init(base, 9), [(_update(method, [1], [2.0]), 1)])
