@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from safetensors.numpy import save_file
 
@@ -50,7 +50,7 @@ class FedKSeed(Method):
         steps: local steps a round. They take the place of `training.steps` and `training.epochs`.
         directions: directions a step, whose scalars are averaged.
         optimizer: `sgd`, `sign` (the sign of g), or `conservative` (of standing still, going and going back, what
-            gives the least loss). Others are refused, each with its reason.
+            gives the least loss; with one direction a step). Others are refused, each with its reason.
         learning_rate: constant; a schedule would not commute with summing scalars over rounds.
         eps: length of a perturbation.
         loss_clip: steps whose two losses differ by more are skipped; 0 skips none.
@@ -91,6 +91,13 @@ class FedKSeed(Method):
         if name in REFUSED:
             raise ValueError(problem("optimizer", "sgd, sign or conservative", name, REFUSED[str(name)]))
         return name
+
+    @model_validator(mode="after")
+    def _one_direction_if_conservative(self) -> "FedKSeed":
+        if self.optimizer == "conservative" and self.directions > 1:
+            why = "Each direction is judged alone, and moves that lower the loss one by one may raise it together"
+            raise ValueError(problem("directions", "1 with optimizer conservative", self.directions, why))
+        return self
 
     @property
     def least_updates(self) -> int:

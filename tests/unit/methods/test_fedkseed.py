@@ -322,6 +322,13 @@ def test_other_optimisers_are_refused_with_the_reason(name):
     assert REFUSED[name][:40] in str(refusal.value)
 
 
+def test_conservative_steps_along_several_directions_are_refused_with_the_reason():
+    with pytest.raises(ConfigError, match=r"directions: expected 1 .* may raise it together"):
+        parse({"method": {"name": "fedkseed", "optimizer": "conservative", "directions": 2}})
+    assert FedKSeed(optimizer="conservative").directions == 1
+    assert FedKSeed(optimizer="sgd", directions=2).directions == 2
+
+
 def test_settings_that_make_no_sense_are_refused(base):
     with pytest.raises(ValidationError):
         FedKSeed(optimizer="adam")
