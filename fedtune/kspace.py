@@ -90,7 +90,8 @@ def accumulated(before: Longs, mean: Longs) -> Longs:
 
     A mean is at most 2**61, so nothing wraps around. Sums of such a size are those of a run that diverged.
     """
-    return np.clip(before + mean, -_MOST, _MOST)
+    after: Longs = np.clip(before + mean, -_MOST, _MOST)
+    return after
 
 
 def trusted(replies: Mapping[str, Sum], byzantine: int) -> dict[str, Sum]:

@@ -10,9 +10,10 @@ anyone rebuilds the model, in one walk over the weights:
     A_s <- A_s + sum_k p_k sum g        w = w_0 - lr sum_s A_s z_s
 
 The coordinator keeps A in 2^-32, and sends -lr A as coefficients of 24 bits in a unit of their own, so a round costs
-at most 16.5 KB each way at K = 4096, whatever the model's size. The directions and the rebuild are integers
-(`fedtune.directions`): every machine gets the same bits. Each update says what model it was made on; a round sums
-those that agree, by weight, and leaves out the others. A rebuild starts at w_0, so what went wrong does not last.
+at most 16.5 KB each way at K = 4096, whatever the model's size (adapters: and once the names of their
+layers). The directions and the rebuild are integers (`fedtune.directions`): every machine gets the same bits. Each
+update says what model it was made on; a round sums those that agree (`fedtune.agreement`) and leaves out the others. A
+rebuild starts at w_0, so what went wrong does not last.
 
 FedKSeed-Pro (`pro`) draws seeds by how large their scalars have been on average.
 """
