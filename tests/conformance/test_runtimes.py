@@ -118,6 +118,18 @@ def test_a_client_that_comes_late_is_brought_up_to_date(make, over_grpc, method)
     assert run.end() == played(config, [(0, 1), (0, 1, 2), (0, 1, 2)])
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "fedavg by feedback",
+        "fedavg-lora by personal",
+        "fedkseed",
+        "fedkseed by adapter",
+        "fedsa-lora",
+        "flora",
+        "flora by warm start",
+    ],
+)
 def test_an_update_that_is_late_leaves_nothing_behind(make, over_grpc, method):
     """Round 1 closes while the third client still trains, which goes on in round 2 as if it had not been there."""
     config, _ = made = make(method, quorum=0.6, grace_s=0.05)
