@@ -7,7 +7,7 @@ tried again and then ends the run with a RoundError, which Flower reports as `fi
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -129,7 +129,7 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
         waiting = {m: node for m, node in self._open.waiting.items() if node.id in here} if self._open else {}
         busy = {node.member.id for node in waiting.values()} | self._late.clients
         free = [client for client in nodes if client not in log.weights and client not in busy]
-        target = rounds.clients or max(rounds.min_clients, len(nodes.keys() | log.weights.keys()))
+        target = self._target(nodes.keys() | log.weights.keys())
         count = max(0, asked(target, rounds.over_select) - len(log.weights))
         chosen = select(self._shared.seed, server_round, log.attempt, free, count)
         current = self._open.round if self._open else Round(self._shared.method, self.state, server_round)
@@ -178,7 +178,8 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
         for number in range(1, count + 1):
             while True:
                 roster.assemble(needed, self._config.rounds.deadline_s)
-                self._late.leave(roster.grid, roster.nodes, needed, self._config.rounds.deadline_s)
+                quorum = rules.quorum_of(self._config.rounds, self._target(roster.nodes.keys()))
+                self._late.leave(roster.grid, roster.nodes, quorum, self._config.rounds.deadline_s)
                 messages = self.configure_train(number, ArrayRecord(), ConfigRecord(), roster.grid)
                 if self._gather(roster, self._opened(), list(messages)):
                     break
@@ -186,6 +187,10 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
         if self._folder:
             self._folder.finish(count, self.digest)
         return result
+
+    def _target(self, clients: Collection[str]) -> int:
+        """How many updates a round aims for, with these clients."""
+        return self._config.rounds.clients or max(self._config.rounds.min_clients, len(clients))
 
     def _admit(self, stated: Member, able: Capability | None) -> Member:
         """Takes a client into the run; what was planned for it once stands."""

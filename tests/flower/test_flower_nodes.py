@@ -106,8 +106,18 @@ def test_a_node_that_is_late_gets_no_task_until_it_has_answered(made):
     assert len(tasks) == 2, "in round 1, and in round 3, when the answer to round 1 had come"
 
 
+def test_a_node_that_is_never_heard_of_again_delays_no_round(made):
+    """As many nodes as `min_clients` asks for are there, and the others are a quorum."""
+    config, grid, strategy, _ = made(min_clients=3, quorum=0.6, deadline_s=20.0)
+    grid.damage["client-01"] = "silent"
+    began = time.monotonic()
+    strategy.start(grid)
+    assert [len(e["clients"]) for e in events(config, "round_closed")] == [2, 2, 2]
+    assert time.monotonic() - began < 10, "a wait for the silent node would last 20 s"
+
+
 def test_a_run_waits_for_a_late_node_that_it_needs(made):
-    config, grid, strategy, _ = made(nodes=2, clients=1, min_clients=2, quorum=1.0, deadline_s=20.0)
+    config, grid, strategy, _ = made(nodes=2, min_clients=2, quorum=1.0, deadline_s=20.0)
     strategy._late.add({"99": _stand_in(grid)}, 0)
     grid.replies["99"] = None
     began, hear = time.monotonic(), strategy._late.hear
