@@ -13,18 +13,19 @@ from pathlib import Path
 from fedtune.config import Config
 from fedtune.config.template import Key, keys
 from fedtune.errors import ConfigError, StorageError, problem
+from fedtune.flower.plugin import Plugin
 from fedtune.flower.settings import method_tables
 from fedtune.methods import METHODS
 
 SECTIONS = ("run", "model", "data", "method", "training", "rounds", "simulation", "client", "server")
-_NODE_ONLY = ("id", "address", "rank", "alpha", "folder", "ca", "cert", "key", "insecure")
+_NODE_ONLY = ("id", "address", "rank", "alpha", "depth", "folder", "ca", "cert", "key", "insecure")
 _FLOWERS_OWN = ("address", "cert", "key", "client_ca", "insecure", "metrics_address")
 _OURS = """
 # Of the plug-in itself.
 [tool.flwr.app.config.flower]
-resident = "auto"  # a worker that keeps the model between rounds: on, off, or auto: in a deployment
-idle_s = 900       # seconds after which a resident worker that nobody asks ends
-keep = 1           # simulation: nodes whose model an actor keeps in memory
+resident = "{resident}"  # a worker that keeps the model between rounds: on, off, or auto: in a deployment
+idle_s = {idle_s:g}       # seconds after which a resident worker that nobody asks ends
+keep = {keep}           # simulation: nodes whose model an actor keeps in memory
 """
 _HEADER = """\
 # A Flower app that runs fedtune. Run it with:  flwr run {folder} CONNECTION --stream
@@ -83,7 +84,7 @@ def write_app(folder: Path, config: Config, package: str = "fedtune_app") -> Non
 def project(config: Config, folder: Path, package: str) -> str:
     """Returns the app's `pyproject.toml`."""
     head = _HEADER.format(folder=folder.name, name=_name(folder), package=package)
-    return head + "".join(_section(section, config) for section in SECTIONS) + _OURS
+    return head + "".join(_section(section, config) for section in SECTIONS) + _OURS.format(**asdict(Plugin()))
 
 
 def _section(section: str, config: Config) -> str:

@@ -35,9 +35,9 @@ class Late:
         self._owed = {message: owed for message, owed in self._owed.items() if owed[0].id in here}
         for reply in pull(grid, self._owed):
             node, version = self._owed.pop(reply.metadata.reply_to_message_id)
-            node.version = version
+            node.version = -1 if reply.has_error() else version  # a turn that failed has put the model back to the base
 
-    def leave(self, grid: Grid, clients: Collection[str], needed: int, wait_s: float) -> None:
+    def await_free(self, grid: Grid, clients: Collection[str], needed: int, wait_s: float) -> None:
         """Waits until `needed` of `clients` owe nothing, at most `wait_s`."""
         began = time.monotonic()
         while time.monotonic() < began + wait_s:

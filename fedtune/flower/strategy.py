@@ -179,7 +179,7 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
             while True:
                 roster.assemble(needed, self._config.rounds.deadline_s)
                 quorum = rules.quorum_of(self._config.rounds, self._target(roster.nodes.keys()))
-                self._late.leave(roster.grid, roster.nodes, quorum, self._config.rounds.deadline_s)
+                self._late.await_free(roster.grid, roster.nodes, quorum, self._config.rounds.deadline_s)
                 messages = self.configure_train(number, ArrayRecord(), ConfigRecord(), roster.grid)
                 if self._gather(roster, self._opened(), list(messages)):
                     break

@@ -191,13 +191,42 @@ def test_it_ends_with_the_process_it_belongs_to(world):
     owner.wait()
 
 
-def test_it_ends_by_sigterm(world):
+def test_it_ends_by_sigterm_and_leaves_its_log(world):
     world.ask(world.hello)
     world.ask()
     (worker,) = world.workers()
     os.kill(worker, signal.SIGTERM)
     gone([worker])
     assert not (visit.folder() / f"{world.name}.sock").exists()
+    assert "ended by SIGTERM" in (visit.folder() / f"{world.name}.log").read_text()
+
+
+def test_it_leaves_its_successors_socket_alone(world):
+    world.ask()
+    workers, path = world.workers(), visit.folder() / f"{world.name}.sock"
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as successor:
+        successor.bind(str(path))
+        os.kill(workers[0], signal.SIGTERM)
+        gone(workers)
+        assert path.exists()
+
+
+def test_what_old_runs_have_left_is_removed(world):
+    old, young = visit.folder() / "old.log", visit.folder() / "young.lock"
+    for file in (old, young):
+        file.touch()
+    os.utime(old, (0, time.time() - visit.OLD_S - 60))
+    world.ask(world.hello)
+    assert not old.exists()
+    assert young.exists()
+    world.bye()
+
+
+def test_a_folder_whose_name_is_too_long_is_refused(world, monkeypatch):
+    monkeypatch.setenv("FEDTUNE_SOCKETS", str(world.folder / ("x" * 90)))
+    with pytest.raises(visit.WorkerError, match="set FEDTUNE_SOCKETS to a shorter folder"):
+        world.ask()
 
 
 class _Slow(socket.socket):

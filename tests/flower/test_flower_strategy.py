@@ -1,7 +1,9 @@
 """The strategy's rules, over a grid of threads: quorum, order, damage, versions, refusals."""
 
 import struct
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -362,3 +364,11 @@ def test_what_a_method_keeps_between_rounds_travels_in_flowers_context(made, mon
     grid._reply = reply
     strategy.start(grid)
     assert seen == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(("initialised", "resident"), [(True, False), (False, True)])
+def test_only_an_actor_of_ray_does_without_a_worker(made, monkeypatch, initialised, resident):
+    from fedtune.flower.client import _is_resident
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: initialised))
+    assert _is_resident(Context(1, 1, {}, RecordDict(), {})) is resident
