@@ -107,7 +107,7 @@ def worker(config: Config, index: int) -> TorchWorker:
     encoded, exam = rows_of(Dealt.of(config), device, index)
     own = partial(evaluate, held, exam, config.training) if exam else None
     bench = Bench(held, tokenizer, encoded, config.training, None, own)
-    return TorchWorker(bench, base_of(config.model).digest, config.run.seed)
+    return TorchWorker(bench, base_of(config.model), config.run.seed)
 
 
 def federate(config: Config, out: Path) -> dict[str, Any]:
@@ -164,6 +164,7 @@ def run(config: Config, command: str, index: int, out: Path, result: Path, rows:
     """Does what a study's command does, and writes what it leaves behind: the report, and the last measurement."""
     torch.set_num_threads(config.client.threads or config.simulation.threads)
     adapter = out / "final"
+    adapter.mkdir(parents=True, exist_ok=True)
     report = federate(config, adapter) if command == "simulate" else train(config, index, adapter)
     many = replace(config, data=replace(config.data, held_out_rows=rows))
     final = {"base": measure(many, None), "final": measure(many, adapter)}
