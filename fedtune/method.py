@@ -7,7 +7,7 @@ state -broadcast(since)-> Tensors == bytes ==> install, client_update -> Tensors
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -102,14 +102,15 @@ class ClientJob(Protocol):
 
     `memory` is kept by the client between rounds: what a turn leaves in it is there in the next one if the turn's
     update became part of its round, and otherwise never was. `known` is what `Method.install` has noted about the state
-    that the model was brought to: it lasts exactly as long as the model keeps that state. `seed` is of all that is
-    drawn in this turn.
+    that the model was brought to: it lasts exactly as long as the model keeps that state. `seed` is of what this client
+    draws in this turn, `round_seed` of what all clients of the round draw alike.
     """
 
     member: Member
     memory: dict[str, Array]
     known: dict[str, Array]
     seed: int
+    round_seed: int
 
     def merge(self, factors: Tensors) -> None:
         """Adds B A of each layer to the base weights; `factors` hold `layer/A` (R, I), `layer/B` (O, R)."""
@@ -137,6 +138,9 @@ class ClientJob(Protocol):
 
         The sides named in `frozen` (`A`, `B`) stay as they are, in every layer.
         """
+
+    def layers(self, targets: Sequence[str]) -> tuple[str, ...]:
+        """Names the layers of the base that `targets` name, as `fedtune.lora.find_layers` finds them."""
 
     def shift(self, change: Tensors) -> None:
         """Sets each weight that `change` names to base + change, in one rounding; `change` is kept for `shifted`.

@@ -152,8 +152,12 @@ def work(method: Method, task: Task, job: ClientJob, replica: Replica) -> Iterab
 
 def job_seed(seed: int, round_number: int, client: str) -> int:
     """Seed of everything one client draws in one round: 63 bits of SHA-256 over run seed, round and client id."""
-    text = f"fedtune/job/v1 {seed} {round_number} {client}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    return _seed(f"fedtune/job/v1 {seed} {round_number} {client}")
+
+
+def round_seed(seed: int, round_number: int) -> int:
+    """Seed of what all clients of one round draw alike: 63 bits of SHA-256 over run seed and round."""
+    return _seed(f"fedtune/round/v1 {seed} {round_number}")
 
 
 def receive(payload: memoryview | bytes, manifest: Manifest) -> Tensors:
@@ -161,4 +165,8 @@ def receive(payload: memoryview | bytes, manifest: Manifest) -> Tensors:
     return raw.decode(payload, manifest)
 
 
-__all__ = ["MAX_WEIGHT", "Replica", "Round", "Task", "admit", "job_seed", "receive", "work"]
+def _seed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+__all__ = ["MAX_WEIGHT", "Replica", "Round", "Task", "admit", "job_seed", "receive", "round_seed", "work"]

@@ -5,7 +5,7 @@ keyed by seed, round and client, so every runtime must reproduce the same bits, 
 """
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,9 @@ from fedtune.capability import Capability, Cost
 from fedtune.config import Config, Shared
 from fedtune.directions import Coefficients, Pool, layout, reference
 from fedtune.errors import ProtocolError, problem
-from fedtune.lora import LoraSpec, kaiming_uniform, key_a, key_b, layers_of, overlaid
+from fedtune.lora import LoraSpec, find_layers, kaiming_uniform, key_a, key_b, layers_of, overlaid
 from fedtune.method import Member, Method, Part, ZeroOrder
-from fedtune.rounds import job_seed
+from fedtune.rounds import job_seed, round_seed
 from fedtune.sparse import Smallest
 from fedtune.tensors import Array, Tensors, digest
 from fedtune.worker import OnStep
@@ -41,11 +41,11 @@ def toy_base(folder: Path, *, layers: int = 2, width: int = 16, seed: int = 0) -
 class ToyJob:
     """A ClientJob on numpy arrays: merging and attaching are real, training is a seeded draw."""
 
-    def __init__(self, worker: "ToyWorker", member: Member, seed: int) -> None:
+    def __init__(self, worker: "ToyWorker", member: Member, seed: int, round_seed: int) -> None:
         self.member = member
         self.memory = worker.memory
         self.known: dict[str, Array] = {}
-        self.seed = seed
+        self.seed, self.round_seed = seed, round_seed
         self._worker = worker
 
     def merge(self, factors: Tensors) -> None:
@@ -96,6 +96,10 @@ class ToyJob:
         self._worker.report(self.member)
         drawn = {n: rng.normal(0, 0.1, a.shape).astype(np.float32) for n, a in factors.items()}
         return {n: a if n.rsplit("/", 1)[1] in frozen else a + drawn[n] for n, a in factors.items()}
+
+    def layers(self, targets: Sequence[str]) -> tuple[str, ...]:
+        """Names the layers that `targets` name."""
+        return tuple(layer.name for layer in find_layers(self._worker.stored.weights, targets))
 
     def shift(self, change: Tensors) -> None:
         """Adds to the weights in the file."""
@@ -152,8 +156,8 @@ class ToyWorker:
     def __init__(
         self, folder: Path, seed: int = 0, examples: int = 10, delay: Callable[[], None] | None = None
     ) -> None:
-        base = open_base(folder)
-        self.base_digest = base.digest
+        self.stored = open_base(folder)
+        self.base_digest = self.stored.digest
         self.examples = examples
         self.weights: dict[str, Array] = {}
         self.attached: tuple[LoraSpec, Tensors] | None = None
@@ -190,7 +194,8 @@ class ToyWorker:
 
     def job(self, method: Method, member: Member, round_number: int) -> ToyJob:
         """Starts one round's turn."""
-        return ToyJob(self, member, job_seed(self._seed, round_number, member.id))
+        seed = job_seed(self._seed, round_number, member.id)
+        return ToyJob(self, member, seed, round_seed(self._seed, round_number))
 
     def report(self, member: Member) -> None:
         """Sets metrics as training would."""

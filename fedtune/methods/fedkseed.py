@@ -10,14 +10,15 @@ anyone rebuilds the model, in one walk over the weights:
     A_s <- A_s + sum_k p_k sum g        w = w_0 - lr sum_s A_s z_s
 
 The coordinator keeps A in 2^-32, and sends -lr A as coefficients of 24 bits in a unit of their own, so a round costs
-at most 16.5 KB each way at K = 4096, whatever the model's size (adapters: and once the names of their
-layers). The directions and the rebuild are integers (`fedtune.directions`): every machine gets the same bits. Each
-update says what model it was made on; a round sums those that agree (`fedtune.agreement`) and leaves out the others. A
-rebuild starts at w_0, so what went wrong does not last.
+at most 16.5 KB each way at K = 4096, whatever the model's size: which layers an adapter is on, a client finds in
+its own base. The directions and the rebuild are integers (`fedtune.directions`): every machine gets the same bits.
+Each update says what model it was made on; a round sums those that agree (`fedtune.agreement`) and leaves out the
+others. A rebuild starts at w_0, so what went wrong does not last.
 
 FedKSeed-Pro (`pro`) draws seeds by how large their scalars have been on average.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -36,8 +37,7 @@ from fedtune.tensors import PRIVATE, Array, Manifest, Tensors, TensorSpec
 from fedtune.zo import REFUSED
 
 FILE = "fedkseed.safetensors"
-_TOTAL, _SIZES, _COUNTS = PRIVATE + "total", PRIVATE + "sizes", PRIVATE + "counts"
-_ONCE = ("layers", "pool")
+_TOTAL, _SIZES, _COUNTS, _LAYERS = (PRIVATE + name for name in ("total", "sizes", "counts", "layers"))
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
@@ -112,11 +112,11 @@ class FedKSeed(Method):
         layers = find_layers(base.weights, self.target_modules, base.transposed) if self.train == "lora" else ()
         names = "\n".join(layer.name for layer in layers)
         state = {
-            "layers": np.frombuffer(names.encode(), np.uint8),
             "pool": np.array([seed], np.int64),
             "model": np.zeros(32, np.uint8),
             **self._public(zeros, zeros),
         }
+        state[_LAYERS] = np.frombuffer(names.encode(), np.uint8)
         return {**state, _TOTAL: zeros, **({_SIZES: zeros, _COUNTS: zeros} if self.pro else {})}
 
     def admit(self, member: Member) -> Member:
@@ -128,8 +128,8 @@ class FedKSeed(Method):
         return member
 
     def broadcast(self, state: Tensors, since: int) -> Tensors:
-        """Sends what has changed: everything but the coordinator's own sums; pool and layers only once."""
-        return {n: a for n, a in state.items() if not n.startswith(PRIVATE) and (since < 0 or n not in _ONCE)}
+        """Sends what has changed: everything but what is the coordinator's own; the pool only once."""
+        return {n: a for n, a in state.items() if not n.startswith(PRIVATE) and (since < 0 or n != "pool")}
 
     def fold(self, total: Total | None, update: Tensors, member: Member, weight: int) -> Total:
         """Adds the scalars by seed, in integers, to those of the same model.
@@ -147,7 +147,7 @@ class FedKSeed(Method):
         if not (used := verdict.used):
             return state
         scalars = accumulated(state[_TOTAL], used.mean())
-        after = {name: state[name] for name in _ONCE}
+        after = {name: state[name] for name in ("pool", _LAYERS)}
         after |= {"model": np.frombuffer(verdict.model, np.uint8), _TOTAL: scalars}
         now = np.zeros(self.seeds, np.int64)
         if self.pro:
@@ -161,11 +161,11 @@ class FedKSeed(Method):
 
     def install(self, job: ClientJob, received: Tensors) -> None:
         """Rebuilds the model from the base."""
-        for name in (*_ONCE, "levels"):
+        for name in ("pool", "levels"):
             if name in received:
                 job.known[name] = received[name]
         coefficients, exponent = unpacked(received["coefficients"]), int(received["exponent"][0])
-        digest = job.replay(self._part(job.known), self._pool(job.known), coefficients, exponent)
+        digest = job.replay(self._own_part(job), self._pool(job.known), coefficients, exponent)
         job.known["model"] = np.frombuffer(digest, np.uint8)
 
     def client_update(self, job: ClientJob, expected: Manifest) -> Tensors:
@@ -174,7 +174,7 @@ class FedKSeed(Method):
         chances = probabilities(job.known["levels"]) if self.pro else None
         seeds = rng.choice(self.seeds, self.steps * self.directions, p=chances).astype(np.int32)
         plan = ZeroOrder(self.steps, self.directions, self.eps, self.learning_rate, self.optimizer, self.loss_clip)
-        g = job.zo_steps(self._part(job.known), self._pool(job.known), seeds, plan)
+        g = job.zo_steps(self._own_part(job), self._pool(job.known), seeds, plan)
         taken = np.abs(g) < LIMIT  # false for NaN
         scalars = np.where(taken, g, 0).astype(np.float32)
         return {"seeds": np.where(taken, seeds, -1).astype(np.int32), "scalars": scalars, "model": job.known["model"]}
@@ -194,17 +194,21 @@ class FedKSeed(Method):
     def export(self, state: Tensors, folder: Path, base_model: str) -> None:
         """Writes the coefficients, which are the whole change; `fedtune.training.zo.rebuilt` applies them."""
         kept = {n: np.ascontiguousarray(state[n]) for n in ("pool", "coefficients", "exponent")}
-        about = {"base": base_model, "pool": self.pool, "seeds": str(self.seeds), **self._part(state).to_text()}
+        part = self._part(state[_LAYERS].tobytes().decode().split("\n"), state)
+        about = {"base": base_model, "pool": self.pool, "seeds": str(self.seeds), **part.to_text()}
         save_file(kept, folder / FILE, about)
 
     def _pool(self, known: Tensors) -> Pool:
         return Pool(self.pool, int(known["pool"][0]), self.seeds)
 
-    def _part(self, known: Tensors) -> Part:
+    def _own_part(self, job: ClientJob) -> Part:
+        return self._part(job.layers(self.target_modules) if self.train == "lora" else (), job.known)
+
+    def _part(self, layers: Sequence[str], known: Tensors) -> Part:
         if self.train != "lora":
             return Part(self.train, self.density if self.train == "sparse" else 1.0)
-        layers = tuple(known["layers"].tobytes().decode().split("\n"))
-        return Part("lora", 1.0, LoraSpec(layers, self.rank, self.alpha or 2.0 * self.rank), int(known["pool"][0]))
+        spec = LoraSpec(tuple(layers), self.rank, self.alpha or 2.0 * self.rank)
+        return Part("lora", 1.0, spec, int(known["pool"][0]))
 
     def _public(self, scalars: Longs, now: Longs) -> dict[str, Array]:
         """What clients need: -lr A in 24 bits, in a unit of this round alone, and Pro's levels."""

@@ -1,12 +1,12 @@
 """One client's turn in one round: the verbs a method may use, on a torch model."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from fedtune.directions import Coefficients, Pool
 from fedtune.errors import ProtocolError, problem
-from fedtune.lora import LoraSpec, overlaid
-from fedtune.method import Member, Part, ZeroOrder
+from fedtune.lora import LoraSpec, find_layers, overlaid
+from fedtune.method import BaseModel, Member, Part, ZeroOrder
 from fedtune.tensors import Array, Tensors
 from fedtune.training.lora import fresh_factors
 from fedtune.training.merging import MergedBase
@@ -16,6 +16,7 @@ from fedtune.training.shifting import ShiftedBase
 class Holder(Protocol):
     """What a job needs of the worker that holds the weights."""
 
+    stored: BaseModel
     base: MergedBase
     shifted: ShiftedBase
     attached: tuple[LoraSpec, Tensors] | None
@@ -41,15 +42,16 @@ class TorchJob:
         member: the client, as the coordinator admitted it.
         memory: what the client keeps between rounds.
         known: what the method has noted about the state the model holds.
-        seed: of all that is drawn in this turn.
+        seed: of what this client draws in this turn.
+        round_seed: of what all clients of the round draw alike.
     """
 
-    def __init__(self, worker: Holder, member: Member, seed: int) -> None:
+    def __init__(self, worker: Holder, member: Member, seed: int, round_seed: int) -> None:
         self.member = member
         self.memory: dict[str, Array] = worker.memory
         self.known: dict[str, Array] = {}
         self._worker = worker
-        self.seed = seed
+        self.seed, self.round_seed = seed, round_seed
 
     def merge(self, factors: Tensors) -> None:
         """Adds B A of each layer to the base weights; layers of rank 0 stay as they are."""
@@ -79,6 +81,11 @@ class TorchJob:
     def train_attached(self, frozen: Collection[str] = ()) -> Tensors:
         """Trains the attached adapter further, but for the `frozen` sides; raises ProtocolError when there is none."""
         return self._worker.fit(*self._attached(), self.seed, frozen)
+
+    def layers(self, targets: Sequence[str]) -> tuple[str, ...]:
+        """Names the layers of the stored base that `targets` name; raises ConfigError for one that names none."""
+        stored = self._worker.stored
+        return tuple(layer.name for layer in find_layers(stored.weights, targets, stored.transposed))
 
     def shift(self, change: Tensors) -> None:
         """Sets each weight that `change` names to base + change, in one rounding."""

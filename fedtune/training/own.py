@@ -22,7 +22,7 @@ from fedtune.directions import Coefficients, Pool
 from fedtune.errors import ProtocolError, TrainingError, problem
 from fedtune.lora import LoraSpec
 from fedtune.method import Member, Method, Part, ZeroOrder
-from fedtune.rounds import job_seed
+from fedtune.rounds import job_seed, round_seed
 from fedtune.tensors import Array, Tensors
 from fedtune.training.job import TorchJob
 from fedtune.training.lora import injected
@@ -37,7 +37,8 @@ class OwnWorker:
     """A `fedtune.worker.Worker` around a training function.
 
     Attributes:
-        base_digest: fingerprint of the base weights as stored.
+        stored: the base model on disk.
+        base_digest: fingerprint of its weights.
         examples: rows the function trains on: the weight of this client's update.
         metrics: what the last training returned.
         base: the model, with what has been merged into it.
@@ -56,7 +57,8 @@ class OwnWorker:
             train: the function.
             seed: of the run (`shared.seed`).
         """
-        self.base_digest = open_base(folder).digest
+        self.stored = open_base(folder)
+        self.base_digest = self.stored.digest
         self.examples = examples
         self.metrics: dict[str, float] = {}
         self.base = MergedBase(model)
@@ -78,7 +80,8 @@ class OwnWorker:
 
     def job(self, method: Method, member: Member, round_number: int) -> TorchJob:
         """Starts one round's turn."""
-        return TorchJob(self, member, job_seed(self._seed, round_number, member.id))
+        seed = job_seed(self._seed, round_number, member.id)
+        return TorchJob(self, member, seed, round_seed(self._seed, round_number))
 
     def fit(self, spec: LoraSpec, factors: Tensors, seed: int, frozen: Collection[str] = ()) -> Tensors:
         """Puts an adapter in, calls the function, and takes the adapter out.

@@ -9,10 +9,9 @@ from fedtune.base import open_base
 from fedtune.capability import Capability
 from fedtune.config import Config, Shared
 from fedtune.directions import Coefficients, Pool
-from fedtune.errors import ConfigError, problem
 from fedtune.lora import LoraSpec, layers_of
 from fedtune.method import BaseModel, Member, Method, Part, ZeroOrder
-from fedtune.rounds import job_seed
+from fedtune.rounds import job_seed, round_seed
 from fedtune.tensors import Array, Tensors
 from fedtune.training.adapt import Bench, fit_adapter, fit_weights
 from fedtune.training.data import client_rows, own_split, with_columns
@@ -33,7 +32,8 @@ class TorchWorker:
     """Holds what a client trains with.
 
     Attributes:
-        base_digest: fingerprint of the base weights as stored.
+        stored: the base model on disk.
+        base_digest: fingerprint of its weights.
         examples: rows this client trains on.
         metrics: of the last training.
         base: the model, with what has been merged into it.
@@ -42,8 +42,8 @@ class TorchWorker:
         memory: what the client keeps between rounds.
     """
 
-    def __init__(self, bench: Bench, base_digest: str, seed: int, low_memory: bool = False) -> None:
-        self.base_digest = base_digest
+    def __init__(self, bench: Bench, stored: BaseModel, seed: int, low_memory: bool = False) -> None:
+        self.stored, self.base_digest = stored, stored.digest
         self.examples = len(bench.rows)
         self.metrics: dict[str, float] = {}
         self.base = MergedBase(bench.scorer.model)
@@ -54,7 +54,6 @@ class TorchWorker:
         self._low_memory = low_memory
         self._bench = bench
         self._seed = seed
-        self._stored: BaseModel | None = None
 
     @classmethod
     def open(
@@ -89,9 +88,7 @@ class TorchWorker:
         exam = Examination.of(held, tokenizer, data, length) if held else None
         measure = partial(evaluate, scorer, exam, shared.training) if exam else None
         bench = Bench(scorer, tokenizer, encoded, shared.training, on_step, measure)
-        worker = cls(bench, stored.digest, shared.seed, config.client.low_memory)
-        worker._stored = stored
-        return worker
+        return cls(bench, stored, shared.seed, config.client.low_memory)
 
     def reset(self) -> None:
         """Goes back to the base weights, with nothing attached."""
@@ -102,15 +99,14 @@ class TorchWorker:
         self.attached = None
 
     def measure(self, method: Method, member: Member) -> Capability:
-        """Trains for a few steps and forgets them; raises ConfigError for a worker without its stored base."""
-        if self._stored is None:
-            raise ConfigError(problem("worker", "one opened from a model folder", "none", "See TorchWorker.open"))
-        layers = layers_of(method.template(method.init(self._stored, self._seed), member).names)
+        """Trains for a few steps and forgets them."""
+        layers = layers_of(method.template(method.init(self.stored, self._seed), member).names)
         return probe(self._bench, layers, member.rank)
 
     def job(self, method: Method, member: Member, round_number: int) -> TorchJob:
         """Starts one round's turn."""
-        return TorchJob(self, member, job_seed(self._seed, round_number, member.id))
+        seed = job_seed(self._seed, round_number, member.id)
+        return TorchJob(self, member, seed, round_seed(self._seed, round_number))
 
     def fit(self, spec: LoraSpec, factors: Tensors, seed: int, frozen: Collection[str] = ()) -> Tensors:
         """Trains an adapter and remembers the metrics."""

@@ -241,7 +241,7 @@ def test_a_job_goes_back_to_its_base_bit_for_bit(llama):
     before, factors = weight.clone(), fresh_factors(llama, LoraSpec((name,), 2, 4.0), 1)
     factors[key_b(name)] += 1
     worker = SimpleNamespace(base=MergedBase(llama), attached=None, memory={})
-    job = TorchJob(worker, Member("a", 2, 4.0), 0)
+    job = TorchJob(worker, Member("a", 2, 4.0), 0, 0)
     for _ in range(3):
         job.merge(factors)
     job.attach(LoraSpec((name,), 2, 4.0), factors)

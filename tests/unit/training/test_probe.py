@@ -11,16 +11,12 @@ from hypothesis import strategies as st
 from fedtune.capability import Cost
 from fedtune.config.schema import TrainingConfig
 from fedtune.depth import blocks
-from fedtune.errors import ConfigError
 from fedtune.lora import LoraSpec
-from fedtune.method import Member
-from fedtune.methods import FLoRA
 from fedtune.training.adapt import Bench
 from fedtune.training.encoding import Encoded
 from fedtune.training.lora import fresh_factors, injected
 from fedtune.training.probe import _memory, line, probe
 from fedtune.training.scoring import Scorer
-from fedtune.training.worker import TorchWorker
 
 LAYERS = [f"model.layers.{i}.self_attn.{name}" for i in range(4) for name in ("q_proj", "v_proj")]
 PARTS = st.floats(0, 100)
@@ -73,8 +69,3 @@ def test_a_step_keeps_no_activations_below_the_lowest_adapter(bench, llama):
         with injected(llama, spec, fresh_factors(llama, spec, 0)) as adapter:
             kept.append(_memory(bench, adapter))
     assert kept[1] > 2 * kept[0]
-
-
-def test_a_worker_without_its_stored_base_cannot_measure(bench):
-    with pytest.raises(ConfigError, match="worker: expected one opened from a model folder"):
-        TorchWorker(bench, "digest", 0).measure(FLoRA(), Member("a", 4, 8.0))
