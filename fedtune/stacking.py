@@ -200,7 +200,7 @@ def stacked(*parts: tuple[Weights, Tensors], least: str | None = None) -> dict[s
     for layer in layers_of(first):
         rows = [(part[key_a(layer)], w if isinstance(w, int | float) else w[layer][:, None]) for w, part in parts]
         factors[key_a(layer)] = _weighted(rows, dtype)
-        factors[key_b(layer)] = np.concatenate([part[key_b(layer)] for _, part in parts], axis=1, dtype=dtype)
+        factors[key_b(layer)] = _side_by_side([part[key_b(layer)] for _, part in parts], dtype)
     return factors
 
 
@@ -234,6 +234,8 @@ def _small(layer: str, product: Doubles, dtype: npt.DTypeLike) -> dict[str, Arra
 
 def _check(reply: Reply) -> None:
     for layer, (a, b) in _pairs(reply.factors).items():
+        if _is_small(a, b, reply.scale):
+            continue
         exact.check_magnitude(a, f"{key_a(layer)} of {reply.member.id}", reply.scale)
         exact.check_magnitude(b, f"{key_b(layer)} of {reply.member.id}")
         # Cauchy-Schwarz: no entry of B A is larger than the longest row of B times the longest column of A.
@@ -243,6 +245,24 @@ def _check(reply: Reply) -> None:
         if largest >= exact.LIMIT:
             want = f"a product below {exact.LIMIT:.0f}"
             raise WireError(problem(f"{layer} of {reply.member.id}", want, largest, "Training diverged"))
+
+
+def _is_small(a: Array, b: Array, scale: float) -> bool:
+    """Whether the Frobenius norms alone show that s A, B and s B A are far from the limit: one pass over each."""
+    if a.dtype != np.float32 or b.dtype != np.float32:
+        return False
+    x, y = a.reshape(-1), b.reshape(-1)
+    of_a, of_b = scale * float(np.dot(x, x)) ** 0.5, float(np.dot(y, y)) ** 0.5
+    return max(of_a, of_b, of_a * of_b) < 0.9 * exact.LIMIT
+
+
+def _side_by_side(parts: Sequence[Array], dtype: np.dtype[Any]) -> Array:
+    """Concatenates B of (O, R_k) to (O, R). Where shapes are alike each row is moved as one item, twice as fast."""
+    alike = {(part.shape, part.dtype, part.flags.c_contiguous) for part in parts}
+    if alike == {(parts[0].shape, dtype, True)} and parts[0].size:
+        row = np.dtype((np.void, parts[0].shape[1] * dtype.itemsize))
+        return np.concatenate([part.view(row) for part in parts], axis=1).view(dtype)
+    return np.concatenate(parts, axis=1, dtype=dtype)
 
 
 def _weighted(parts: Sequence[tuple[Array, float | Doubles]], dtype: np.dtype[Any]) -> Array:
