@@ -97,6 +97,14 @@ class Part:
         return cls("all" if kind == "all" else "sparse", float(about["density"]))
 
 
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """A penalty on an adapter's last components: weight * sum over its layers of |B[:, start:]| |A[start:]|."""
+
+    start: int
+    weight: float
+
+
 class ClientJob(Protocol):
     """What a method may ask of a client's model. Implemented with torch in `fedtune.training.job`.
 
@@ -133,10 +141,10 @@ class ClientJob(Protocol):
     def attached(self) -> Tensors:
         """Returns the factors of the attached adapter, as they were attached; float32."""
 
-    def train_attached(self, frozen: Collection[str] = ()) -> Tensors:
+    def train_attached(self, frozen: Collection[str] = (), tail: Tail | None = None) -> Tensors:
         """Trains the attached adapter on local data and returns its new factors, float32.
 
-        The sides named in `frozen` (`A`, `B`) stay as they are, in every layer.
+        The sides named in `frozen` (`A`, `B`) stay as they are, in every layer; `tail` is added to each step's loss.
         """
 
     def layers(self, targets: Sequence[str]) -> tuple[str, ...]:

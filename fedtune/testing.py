@@ -17,7 +17,7 @@ from fedtune.config import Config, Shared
 from fedtune.directions import Coefficients, Pool, layout, reference
 from fedtune.errors import ProtocolError, problem
 from fedtune.lora import LoraSpec, find_layers, kaiming_uniform, key_a, key_b, layers_of, overlaid
-from fedtune.method import Member, Method, Part, ZeroOrder
+from fedtune.method import Member, Method, Part, Tail, ZeroOrder
 from fedtune.rounds import job_seed, round_seed
 from fedtune.sparse import Smallest
 from fedtune.tensors import Array, Tensors, digest
@@ -89,13 +89,17 @@ class ToyJob:
             raise ProtocolError(problem("adapter", "one attached before training", "none"))
         return self._worker.attached[1]
 
-    def train_attached(self, frozen: Collection[str] = ()) -> Tensors:
-        """Adds a draw to the attached adapter, but for the frozen sides."""
+    def train_attached(self, frozen: Collection[str] = (), tail: Tail | None = None) -> Tensors:
+        """Adds a draw to the attached adapter, but for the frozen sides; halves what is penalised."""
         rng = np.random.Generator(np.random.Philox(key=self.seed))
         factors = self.attached()
         self._worker.report(self.member)
         drawn = {n: rng.normal(0, 0.1, a.shape).astype(np.float32) for n, a in factors.items()}
-        return {n: a if n.rsplit("/", 1)[1] in frozen else a + drawn[n] for n, a in factors.items()}
+        after = {n: a if n.rsplit("/", 1)[1] in frozen else a + drawn[n] for n, a in factors.items()}
+        for name, array in after.items() if tail else ():
+            last = np.s_[tail.start :] if name.endswith("/A") else np.s_[:, tail.start :]
+            array[last] = factors[name][last] / 2
+        return after
 
     def layers(self, targets: Sequence[str]) -> tuple[str, ...]:
         """Names the layers that `targets` name."""

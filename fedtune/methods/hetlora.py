@@ -6,10 +6,16 @@ Client j starts the next round from the leading r_j rows of A and columns of B. 
 the Gram trick, |B A|^2 = <B'B, A A'>, never from the product. Clients may differ in scale: sqrt(s_k) goes into both
 factors before they are padded, and is taken out again of a slice. The mean of factors is not that of products.
 
-The paper also lets clients prune their own rank, by a penalty on the norms of the last rows and columns. That is not
-here: a client's rank is part of what it agreed on with the coordinator, and stays.
+Rank self-pruning (`prune_gamma` below 1): a client of rank r adds a penalty to its loss,
+
+    lambda sum_layers |B[:, g r:]| |A[g r:]|
+
+and where that sum is smaller after its training than before, it drops those rows and columns, sends the rest, and has
+rank g r from then on, at the scale it had. How many a client kept is plain from the length of what it sends.
 """
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -19,10 +25,12 @@ from pydantic.dataclasses import dataclass
 
 from fedtune import averaging, lowrank
 from fedtune.lora import LoraSpec, key_a, key_b, layers_of, lora_scale, save_product
-from fedtune.method import BaseModel, ClientJob, Member, Method
+from fedtune.method import BaseModel, ClientJob, Member, Method, Tail
 from fedtune.tensors import Array, Manifest, Tensors
 
 Fold = dict[str, tuple[Member, Tensors]]
+_RANK = "hetlora/rank"
+"""Name in a client's memory of the rank that pruning has left it."""
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
@@ -36,6 +44,8 @@ class HetLoRA(Method):
         dropout: LoRA dropout while training.
         rslora: scale by alpha / sqrt(r) instead of alpha / r.
         dtype: of the factors on the wire and in the state.
+        prune_gamma: share of its rank that a client keeps when it prunes itself; 1 prunes nobody.
+        prune_penalty: lambda, the weight of the penalty on what would be pruned.
     """
 
     name: ClassVar[str] = "hetlora"
@@ -46,6 +56,8 @@ class HetLoRA(Method):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     rslora: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    prune_gamma: float = Field(default=1.0, gt=0, le=1)
+    prune_penalty: float = Field(default=1e-3, ge=0)
 
     def init(self, base: BaseModel, seed: int) -> Tensors:
         """Draws A as PEFT does, from `seed`; B is zero."""
@@ -80,20 +92,49 @@ class HetLoRA(Method):
             after[key_b(layer)] = b_or.astype(state[key_b(layer)].dtype)
         return after
 
+    def notes(self, state: Tensors, total: Fold) -> dict[str, list[str]]:
+        """Says which clients have pruned their rank, and to what."""
+        ranks = {client: (_rank_of(update), member.rank) for client, (member, update) in sorted(total.items())}
+        pruned = [f"{client}: {rank} of {most}" for client, (rank, most) in ranks.items() if rank < most]
+        return {"pruned": pruned} if pruned else {}
+
     def install(self, job: ClientJob, received: Tensors) -> None:
         """Attaches the leading rows of A and columns of B, without the client's own scale."""
-        member = job.member
-        spec = LoraSpec(tuple(layers_of(received)), member.rank, member.alpha, self.dropout, self.rslora)
-        root = self._scale(member) ** -0.5
-        job.attach(spec, averaging.sliced(received, member.rank, root, root))
+        rank, scale = self._rank(job), self._scale(job.member)
+        alpha = scale / lora_scale(rank, 1.0, self.rslora)
+        spec = LoraSpec(tuple(layers_of(received)), rank, alpha, self.dropout, self.rslora)
+        job.attach(spec, averaging.sliced(received, rank, scale**-0.5, scale**-0.5))
 
     def client_update(self, job: ClientJob, expected: Manifest) -> Tensors:
-        """Continues to train the slice."""
-        return averaging.as_sent(job.train_attached(), expected)
+        """Continues to train the slice, and prunes it where its last components have become smaller."""
+        rank = self._rank(job)
+        kept = max(1, int(self.prune_gamma * rank))
+        if kept == rank:
+            return averaging.as_sent(job.train_attached(), expected)
+        before, after = job.attached(), job.train_attached(tail=Tail(kept, self.prune_penalty))
+        if _tail(after, kept) < _tail(before, kept):
+            after, rank = averaging.sliced(after, kept, 1.0, 1.0), kept
+        job.memory[_RANK] = np.array([rank])
+        return averaging.as_sent(after, expected)
 
     def template(self, state: Tensors, member: Member) -> Manifest:
-        """Expects A of (r_k, I) and B of (O, r_k) for every layer."""
+        """Expects A of (r_k, I) and B of (O, r_k) for every layer; less after pruning."""
         return averaging.of_rank(state, member.rank)
+
+    def encode(self, update: Tensors, manifest: Manifest) -> Iterable[memoryview | bytes]:
+        """Yields the bytes of an update, whatever rank is left of it."""
+        return super().encode(update, manifest if self.prune_gamma == 1 else Manifest.of(update))
+
+    def decode(self, payload: memoryview | bytes, state: Tensors, member: Member) -> Tensors:
+        """Reads an update of the rank that its length says; any from 1 to the client's own where clients prune."""
+        one = self.template(state, replace(member, rank=1)).nbytes
+        rank = memoryview(payload).nbytes // one if self.prune_gamma < 1 else member.rank
+        return super().decode(payload, state, replace(member, rank=min(max(rank, 1), member.rank)))
+
+    def sizes(self, state: Tensors, member: Member) -> tuple[int, int]:
+        """Returns the bytes of rank 1, where clients prune, and of the client's rank."""
+        fewest, most = (self.template(state, replace(member, rank=rank)).nbytes for rank in (1, member.rank))
+        return (fewest if self.prune_gamma < 1 else most), most
 
     def export(self, state: Tensors, folder: Path, base_model: str) -> None:
         """Writes the padded adapter, with scale 1."""
@@ -101,3 +142,19 @@ class HetLoRA(Method):
 
     def _scale(self, member: Member) -> float:
         return lora_scale(member.rank, member.alpha, self.rslora)
+
+    def _rank(self, job: ClientJob) -> int:
+        """The rank that is left to the client."""
+        return int(job.memory[_RANK][0]) if _RANK in job.memory else job.member.rank
+
+
+def _rank_of(update: Tensors) -> int:
+    return update[key_a(layers_of(update)[0])].shape[0]
+
+
+def _tail(factors: Tensors, start: int) -> float:
+    """The sum of |B[:, start:]| |A[start:]| over all layers."""
+    return sum(
+        float(np.linalg.norm(factors[key_a(layer)][start:]) * np.linalg.norm(factors[key_b(layer)][:, start:]))
+        for layer in layers_of(factors)
+    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +11,7 @@ from fedtune.config.schema import TrainingConfig
 from fedtune.errors import TrainingError, problem
 from fedtune.exact import LIMIT
 from fedtune.lora import LoraSpec
+from fedtune.method import Tail
 from fedtune.tensors import Array, Tensors
 from fedtune.training.encoding import Encoded
 from fedtune.training.loop import train
@@ -42,7 +44,12 @@ class Bench:
 
 
 def fit_adapter(
-    bench: Bench, spec: LoraSpec, factors: Tensors, seed: int, frozen: Collection[str] = ()
+    bench: Bench,
+    spec: LoraSpec,
+    factors: Tensors,
+    seed: int,
+    frozen: Collection[str] = (),
+    tail: Tail | None = None,
 ) -> tuple[dict[str, Array], dict[str, float]]:
     """Trains an adapter that starts at `factors`; the model is left as it was before.
 
@@ -52,6 +59,7 @@ def fit_adapter(
         factors: where it starts (`layer/A`, `layer/B`).
         seed: of the order of rows and of dropout.
         frozen: sides (`A`, `B`) that are not trained.
+        tail: a penalty that is added to each step's loss.
 
     Returns:
         The new factors, float32, and the metrics of `fedtune.training.loop.train`; with `measure`, also `own_loss` and
@@ -62,7 +70,9 @@ def fit_adapter(
     """
     with injected(bench.scorer.model, spec, factors, frozen) as adapter:
         before, own_before = adapter.factors(), _own(bench, "_before")
-        metrics = train(bench.scorer, adapter.trained(), bench.plan().batches(seed), bench.config, seed, bench.on_step)
+        penalty = partial(adapter.penalty, tail) if tail else None
+        batches = bench.plan().batches(seed)
+        metrics = train(bench.scorer, adapter.trained(), batches, bench.config, seed, bench.on_step, penalty)
         metrics |= own_before | _own(bench)
         after = adapter.factors()
     _check(before, after)

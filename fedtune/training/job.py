@@ -6,7 +6,7 @@ from typing import Protocol
 from fedtune.directions import Coefficients, Pool
 from fedtune.errors import ProtocolError, problem
 from fedtune.lora import LoraSpec, find_layers, overlaid
-from fedtune.method import BaseModel, Member, Part, ZeroOrder
+from fedtune.method import BaseModel, Member, Part, Tail, ZeroOrder
 from fedtune.tensors import Array, Tensors
 from fedtune.training.lora import fresh_factors
 from fedtune.training.merging import MergedBase
@@ -22,7 +22,9 @@ class Holder(Protocol):
     attached: tuple[LoraSpec, Tensors] | None
     memory: dict[str, Array]
 
-    def fit(self, spec: LoraSpec, factors: Tensors, seed: int, frozen: Collection[str] = ()) -> Tensors:
+    def fit(
+        self, spec: LoraSpec, factors: Tensors, seed: int, frozen: Collection[str] = (), tail: Tail | None = None
+    ) -> Tensors:
         """Trains an adapter that starts at `factors`, but for the `frozen` sides, and returns its new ones."""
 
     def fit_weights(self, seed: int) -> Tensors:
@@ -78,9 +80,9 @@ class TorchJob:
         """Returns the factors of the attached adapter; raises ProtocolError when there is none."""
         return self._attached()[1]
 
-    def train_attached(self, frozen: Collection[str] = ()) -> Tensors:
+    def train_attached(self, frozen: Collection[str] = (), tail: Tail | None = None) -> Tensors:
         """Trains the attached adapter further, but for the `frozen` sides; raises ProtocolError when there is none."""
-        return self._worker.fit(*self._attached(), self.seed, frozen)
+        return self._worker.fit(*self._attached(), self.seed, frozen, tail)
 
     def layers(self, targets: Sequence[str]) -> tuple[str, ...]:
         """Names the layers of the stored base that `targets` name; raises ConfigError for one that names none."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,12 +22,13 @@ def train(
     config: TrainingConfig,
     seed: int,
     on_step: OnStep | None = None,
+    penalty: Callable[[], torch.Tensor] | None = None,
 ) -> dict[str, float]:
     """Trains `weights` in place with AdamW.
 
     A step's loss is the mean over all its learned tokens, however the batch is cut into parts. With `prox_mu` the step
     goes down that loss plus mu/2 |w - w0|^2 (FedProx: Li et al. 2020, arXiv 1812.06127, equation 2), w0 being `weights`
-    as they came; the losses reported are without it.
+    as they came; the losses reported are without it, and without `penalty`, which is added to the loss likewise.
 
     Args:
         scorer: the model's losses.
@@ -36,6 +37,7 @@ def train(
         config: hyper-parameters.
         seed: of dropout. The process's own random state is left as it was.
         on_step: told of every step.
+        penalty: a function of `weights`.
 
     Returns:
         `loss` (mean over the steps), `loss_first`, `loss_last` in nats a learned token; `steps`; `tokens` read;
@@ -62,6 +64,8 @@ def train(
                 raise TrainingError(
                     problem(f"loss of step {number}", "a finite number", losses[-1], "Lower training.learning_rate")
                 )
+            if penalty:
+                penalty().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             if config.prox_mu:
                 _pull(trained, came, config.prox_mu)
             if config.clip_norm:

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ModelError, problem
-from fedtune.lora import LoraSpec, kaiming_uniform, key_a, key_b
+from fedtune.lora import LoraSpec, kaiming_uniform, key_a, key_b, layers_of
+from fedtune.method import Tail
 from fedtune.tensors import Array, Tensors
 
 _NAME = "default"
@@ -30,6 +31,15 @@ class Adapter:
     def trained(self) -> list[nn.Parameter]:
         """Those that are not frozen."""
         return [weight for weight in self.weights.values() if weight.requires_grad]
+
+    def penalty(self, tail: Tail) -> torch.Tensor:
+        """Returns weight * sum of |B[:, start:]| |A[start:]|, Frobenius, over all layers."""
+        norms = {
+            name: (weight[tail.start :] if name.endswith("/A") else weight[:, tail.start :]).norm()
+            for name, weight in self.weights.items()
+        }
+        parts = [norms[key_a(layer)] * norms[key_b(layer)] for layer in layers_of(list(norms))]
+        return tail.weight * torch.stack(parts).sum()
 
     def factors(self) -> dict[str, Array]:
         """Copies the factors out as float32 arrays."""

@@ -21,7 +21,7 @@ from fedtune.capability import Capability
 from fedtune.directions import Coefficients, Pool
 from fedtune.errors import ProtocolError, TrainingError, problem
 from fedtune.lora import LoraSpec
-from fedtune.method import Member, Method, Part, ZeroOrder
+from fedtune.method import Member, Method, Part, Tail, ZeroOrder
 from fedtune.rounds import job_seed, round_seed
 from fedtune.tensors import Array, Tensors
 from fedtune.training.job import TorchJob
@@ -83,12 +83,18 @@ class OwnWorker:
         seed = job_seed(self._seed, round_number, member.id)
         return TorchJob(self, member, seed, round_seed(self._seed, round_number))
 
-    def fit(self, spec: LoraSpec, factors: Tensors, seed: int, frozen: Collection[str] = ()) -> Tensors:
+    def fit(
+        self, spec: LoraSpec, factors: Tensors, seed: int, frozen: Collection[str] = (), tail: Tail | None = None
+    ) -> Tensors:
         """Puts an adapter in, calls the function, and takes the adapter out.
 
         Raises:
             TrainingError: the function changed nothing.
+            ProtocolError: the method has a penalty to add to its loss.
         """
+        if tail:
+            remedy = "Set method.prune_gamma to 1: the function computes its loss itself"
+            raise ProtocolError(problem("a penalty of the method", "fedtune's own training loop", "a function", remedy))
         with injected(self.base.model, spec, factors, frozen) as adapter:
             before = adapter.factors()
             self.metrics = self._called(seed)

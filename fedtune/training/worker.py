@@ -10,7 +10,7 @@ from fedtune.capability import Capability
 from fedtune.config import Config, Shared
 from fedtune.directions import Coefficients, Pool
 from fedtune.lora import LoraSpec, layers_of
-from fedtune.method import BaseModel, Member, Method, Part, ZeroOrder
+from fedtune.method import BaseModel, Member, Method, Part, Tail, ZeroOrder
 from fedtune.rounds import job_seed, round_seed
 from fedtune.tensors import Array, Tensors
 from fedtune.training.adapt import Bench, fit_adapter, fit_weights
@@ -108,9 +108,11 @@ class TorchWorker:
         seed = job_seed(self._seed, round_number, member.id)
         return TorchJob(self, member, seed, round_seed(self._seed, round_number))
 
-    def fit(self, spec: LoraSpec, factors: Tensors, seed: int, frozen: Collection[str] = ()) -> Tensors:
+    def fit(
+        self, spec: LoraSpec, factors: Tensors, seed: int, frozen: Collection[str] = (), tail: Tail | None = None
+    ) -> Tensors:
         """Trains an adapter and remembers the metrics."""
-        trained, self.metrics = fit_adapter(self._bench, spec, factors, seed, frozen)
+        trained, self.metrics = fit_adapter(self._bench, spec, factors, seed, frozen, tail)
         return trained
 
     def fit_weights(self, seed: int) -> Tensors:

@@ -37,6 +37,7 @@ _VARIANTS = [
     "flora by budget",
     "flora by ternary",
     "flora by small stacks",
+    "hetlora by pruning",
     "fedkseed by adapter",
     "fedkseed by sparse",
 ]
@@ -53,8 +54,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 _OPTIONS["small stacks"] = {"uplink": "int4", "downlink.codec": "ternary", "downlink.density": 0.3}
 _OPTIONS["some"] = {"target_modules": ["q_proj", "layers.1"], "server_optimizer": "adam", "uplink": "int8"}
-_OPTIONS["adapter"] = {"train": "lora", "rank": 2, "optimizer": "sign"}
+_OPTIONS["adapter"] = {"train": "lora", "rank": 2, "optimizer": "sign", "draws": "shared"}
 _OPTIONS["sparse"] = {"train": "sparse", "density": 0.3, "pool": "rademacher", "clip_norm": 1.0, "directions": 2}
+_OPTIONS["pruning"] = {"prune_gamma": 0.6}
 _OPTIONS["krum"] = {"krum_byzantine": 1, "clip_norm": 50.0}
 _SMALL: dict[str, dict[str, Any]] = {
     "fedkseed": {"seeds": 128, "steps": 4, "learning_rate": 1e-4, "eps": 1e-2, "pro": True},

@@ -9,6 +9,7 @@ import torch
 from fedtune.config.schema import DataConfig, TrainingConfig
 from fedtune.errors import TrainingError
 from fedtune.lora import LoraSpec
+from fedtune.method import Tail
 from fedtune.training.adapt import Bench, fit_adapter
 from fedtune.training.encoding import encode_rows
 from fedtune.training.loop import rate
@@ -163,6 +164,32 @@ def test_prox_steps_are_those_of_the_written_out_loss(llama, tokenizer):
         want = adapter.factors()
     assert _distance(got, want) < 1e-5
     assert _distance(got, _fit(llama, tokenizer, replace(config, prox_mu=0.0))[0]) > 1e-3
+
+
+def test_a_penalty_on_the_last_components_is_that_of_the_written_out_loss(llama, tokenizer):
+    """The oracle differentiates loss + 0.3 sum |B[:, 1:]| |A[1:]| as it stands, with an AdamW of its own."""
+    config, rng = replace(_CONFIG, steps=4, clip_norm=0.0), np.random.Generator(np.random.Philox(key=1))
+    start = {n: rng.normal(0, 0.1, a.shape).astype(np.float32) for n, a in fresh_factors(llama, _SPEC, 3).items()}
+    bench = _bench(llama, tokenizer, config)
+    got, _ = fit_adapter(bench, _SPEC, start, 3, tail=Tail(1, 0.3))
+    with injected(llama, _SPEC, start) as adapter:
+        weights = adapter.trained()
+        adam = torch.optim.AdamW(weights, lr=config.learning_rate, betas=config.betas, weight_decay=0.0)
+        for parts in bench.plan().batches(3)[1]:
+            loss = sum(bench.scorer(part).sum() for part in parts) / sum(len(part.at) for part in parts)
+            for a, b in zip(weights[::2], weights[1::2], strict=True):
+                loss = loss + 0.3 * (b[:, 1:] ** 2).sum().sqrt() * (a[1:] ** 2).sum().sqrt()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        want = adapter.factors()
+    assert _distance(got, want) < 1e-5
+    assert _distance(got, fit_adapter(bench, _SPEC, start, 3)[0]) > 1e-3
+
+
+def test_a_penalty_begins_where_b_is_zero(llama, tokenizer):
+    after, _ = fit_adapter(_bench(llama, tokenizer, _CONFIG), _SPEC, fresh_factors(llama, _SPEC, 3), 3, tail=Tail(1, 1))
+    assert all(np.isfinite(array).all() for array in after.values())
 
 
 def test_a_strong_pull_stays_near_the_start(llama, tokenizer):
