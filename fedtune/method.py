@@ -188,6 +188,8 @@ class Method(ABC):
     name: ClassVar[str]
     takes_depth: ClassVar[bool] = False
     """Whether a client's adapter may be in part of the blocks only (`Member.depth`)."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Keys of `[training]` that have no effect on the method."""
     uplink: Compression = Compression()
     """How updates travel. A method that ships tensors has a field of this name (type `codecs.compression.Link`)."""
 

@@ -32,7 +32,7 @@ from fedtune_client.turns import Abandoned, Gate, Terms, Turns
 Say: TypeAlias = "queue.SimpleQueue[pb.ClientMessage | None]"
 OpenWorker: TypeAlias = Callable[[Config, Shared, int | None, OnStep | None], Worker]
 
-PROGRESS_S = 1.0
+PROGRESS_S, SAY_S = 1.0, 30.0
 _STEP_S = 30.0
 
 
@@ -52,7 +52,7 @@ class Session:
         self._terms: Terms | None = None
         self._ready = pb.Ready()
         self._turns: Turns | None = None
-        self._said_s = 0.0
+        self._reported_s = self._said_s = 0.0
         self._lost_s: float | None = None
 
     def run(self) -> bool:
@@ -226,13 +226,18 @@ class Session:
         self.stop()
 
     def _on_step(self, step: int, steps: int, loss: float) -> None:
-        """Reports progress about once a second, and ends a training that nobody waits for."""
+        """Reports progress about once a second, says it twice a minute, and ends a training that nobody waits for."""
         turns = self._turns
         if turns is None or turns.stale:
             raise Abandoned
         say, now = self._say, time.monotonic()
-        if say and (step in (1, steps) or now - self._said_s >= PROGRESS_S):
+        if step == 1:
             self._said_s = now
+        if now - self._said_s >= SAY_S:
+            self._said_s = now
+            self._log.event("step", f"round {turns.round}: step {step}/{steps}, loss {loss:.4f}", round=turns.round)
+        if say and (step in (1, steps) or now - self._reported_s >= PROGRESS_S):
+            self._reported_s = now
             say.put(pb.ClientMessage(progress=pb.Progress(round=turns.round, step=step, steps=steps, loss=loss)))
 
     def _joined(self) -> None:

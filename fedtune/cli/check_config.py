@@ -22,6 +22,7 @@ _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 def config_checks(path: Path, overrides: tuple[str, ...], fetch: bool) -> Iterator[Check]:
     """A configuration, its model and its data. Later checks are left out when an earlier one fails."""
     from fedtune.config import load
+    from fedtune.config.unused import unused
 
     try:
         config = load(path, overrides)
@@ -29,6 +30,8 @@ def config_checks(path: Path, overrides: tuple[str, ...], fetch: bool) -> Iterat
         yield Check(FAIL, "configuration", str(error), "Mend the keys named")
         return
     yield Check(OK, "configuration", f"{path}: {config.method.name}, {config.rounds.count} rounds")
+    if said := unused(config):
+        yield Check(WARN, "training", said, "Nothing, if you know it: the keys serve other methods")
     yield _folder(config.run.folder)
     yield from _counts(config)
     yield _port(config.server.address)

@@ -48,6 +48,7 @@ def _check(config: "Config") -> None:
     """Looks at everything that can be wrong, what is cheap first; says what is about to run."""
     from fedtune.cli.prepare import check_counts, check_layers, prepare
     from fedtune.cli.same_run import check_same
+    from fedtune.config.unused import unused
 
     check_counts(config)
     check_same(config)
@@ -59,6 +60,8 @@ def _check(config: "Config") -> None:
         soft_wrap=True,
         markup=False,
     )
+    if said := unused(config):
+        err.print(f"note: {said}", soft_wrap=True, markup=False)
 
 
 def run_simulation(config: "Config", path: Path, overrides: list[str], evaluate: bool, plain: bool) -> None:

@@ -136,9 +136,9 @@ class Supervisor:
             self._finished = True
 
     def _progress(self) -> None:
-        """Asks for the clients' steps now and then; only for the eye, so no answer is no error."""
+        """Asks for the clients' steps now and then; only for people, so no answer is no error."""
         address = running_address(self._folder)
-        if self._view.plain or address is None or time.monotonic() - self._asked_s < _PROGRESS_S:
+        if address is None or time.monotonic() - self._asked_s < _PROGRESS_S:
             return
         self._asked_s = time.monotonic()
         try:

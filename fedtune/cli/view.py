@@ -17,6 +17,7 @@ from fedtune.report.events import Event
 from fedtune.report.record import RoundRecord
 
 _SHOWN_CLIENTS = 16
+_SAID_CLIENTS = 4
 
 
 @dataclass
@@ -31,7 +32,10 @@ class ClientView:
 
 @dataclass
 class RunView:
-    """The run as far as it has been told; `told` gives a line for each happening worth one."""
+    """The run as far as it has been told. Plain, it prints a line for each happening worth one.
+
+    Between them, while clients train, a plain view says at most every `every_s` seconds how far they are.
+    """
 
     rounds: int
     console: Console
@@ -45,12 +49,14 @@ class RunView:
     held_out: dict[int, float] = field(default_factory=dict)
     train_loss: dict[int, float] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
+    every_s: float = 30.0
+    said_s: float = field(default_factory=time.monotonic)
 
     def tell(self, event: Event) -> None:
         """Takes in one event of the coordinator."""
         text = self._take(event)
-        if text and self.plain:
-            self.console.print(text, markup=False, soft_wrap=True)
+        if text:
+            self._say(text)
 
     def closed_before(self, record: RoundRecord) -> None:
         """Takes in a round that an earlier start of the same run closed."""
@@ -75,6 +81,11 @@ class RunView:
             client = self.clients.setdefault(remote.id, ClientView())
             if remote.steps and remote.state == "training":
                 client.step, client.steps, client.loss = remote.step, remote.steps, remote.loss
+        at_work = [(name, c) for name, c in sorted(self.clients.items()) if c.state == "training" and c.steps]
+        if at_work and time.monotonic() - self.said_s >= self.every_s:
+            steps = [f"{name} step {c.step}/{c.steps}, loss {figure(c.loss, 3)}" for name, c in at_work[:_SAID_CLIENTS]]
+            more = [f"{len(at_work) - _SAID_CLIENTS} more"] if len(at_work) > _SAID_CLIENTS else []
+            self._say(f"round {self.round}/{self.rounds}: {'; '.join(steps + more)}")
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -89,6 +100,11 @@ class RunView:
         """Draws the moving table."""
         waiting = [Text(self.waiting)] if self.waiting else []
         return Group(self._head(), *waiting, self._table(), self._history())
+
+    def _say(self, text: str) -> None:
+        self.said_s = time.monotonic()
+        if self.plain:
+            self.console.print(text, markup=False, soft_wrap=True)
 
     def _take(self, event: Event) -> str:
         """Applies an event; returns a line about it, or nothing."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedtune.allocator import share_arenas
 from fedtune.config import Config, load
+from fedtune.config.unused import unused
 from fedtune.errors import FedtuneError
 from fedtune_server.coordinator import Coordinator
 from fedtune_server.guard import DEFAULT_PATIENCE, Patience
@@ -22,6 +23,8 @@ def serve(config: Config, patience: Patience = DEFAULT_PATIENCE) -> int:
         message is on stderr.
     """
     share_arenas()
+    if said := unused(config):
+        sys.stderr.write(f"note: {said}\n")
     try:
         credentials(config.server)
         run = open_run(config)

@@ -8,11 +8,13 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from fedtune.cli.programs import Program
+from fedtune.cli.remote import RemoteClient, RemoteStatus
 from fedtune.cli.supervise import Supervisor
 from fedtune.cli.view import RunView
 from fedtune.errors import ConfigError, ModelError, RoundError
@@ -173,6 +175,23 @@ def test_the_moving_table_draws_every_state():
     text = console.export_text()
     for part in ("round 1/3", "2.0 kB up", "loss 1.250", "gone", "base: 2.500  1: 1.500"):
         assert part in text, part
+
+
+def test_a_plain_view_says_now_and_then_how_far_clients_are():
+    console = Console(record=True, width=200)
+    views = RunView(3, console, plain=True), RunView(3, console, plain=True, every_s=0.0)
+    clients = [RemoteClient(f"c{i}", "training", 0, 0, 1, 40 + i, 200, 2.5) for i in range(6)]
+    answer = RemoteStatus("r", "demo", "training", 1, 3, 0, 0, (*clients, replace(clients[0], id="d", steps=0)))
+    for view in views:
+        view.round = 1
+        for client in answer.clients:
+            view.tell({"event": "task_pushed", "client": client.id})
+        view.progress(answer)
+    steps = "; ".join(f"c{i} step {40 + i}/200, loss 2.500" for i in range(4))
+    assert console.export_text() == f"round 1/3: {steps}; 2 more\n"
+    views[1].tell({"event": "update_accepted", "client": "c0", "bytes": 5})
+    views[1].progress(replace(answer, clients=(replace(clients[0], state="submitted"),)))
+    assert "c0 step" not in console.export_text().splitlines()[-1]
 
 
 def wait_for(look, seconds=20.0):

@@ -213,6 +213,16 @@ def test_progress_is_reported_about_once_a_second(config, coordinator, toy, monk
     assert [(p.round, p.step) for p in coordinator.progress] == [(1, 1), (1, 100), (2, 1), (2, 100)]
 
 
+def test_a_long_turn_says_now_and_then_how_far_it_is(config, coordinator, toy, monkeypatch, capsys):
+    monkeypatch.setattr(session_module, "SAY_S", 0.05)
+    made = toy(delay=lambda: [(made.on_step(i, 10, 0.5), time.sleep(0.06)) for i in range(1, 11)])
+    assert run(at(config, coordinator), open_worker=made.open) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "step" in line]
+    assert said[0] == "anna: round 1: step 2/10, loss 0.5000"
+    assert 2 * 3 <= len(said) <= 2 * 9
+    assert names(config).count("step") == len(said)
+
+
 def test_a_lost_connection_is_dialled_again_and_said_once(config, coordinator, toy, capsys):
     coordinator.stop()
     worker = toy()
