@@ -56,6 +56,8 @@ class FedKSeed(Method):
         eps: length of a perturbation.
         loss_clip: steps whose two losses differ by more are skipped; 0 skips none.
         pro: draw seeds by the mean size of their past scalars.
+        draws: of seeds: `own`, each client draws its own; `shared`, all clients of a round draw the same ones, so that
+            their K-vectors can be compared, but a round sees fewer directions; `auto`, shared with `krum_byzantine`.
         krum_byzantine: f, clients a round that may be hostile: multi-Krum leaves out the f whose K-vectors are farthest
             from the others', and each client counts for one whatever its weight. Rounds need 2 f + 3 updates.
         clip_norm: longest K-vector (a client's scalars summed by seed); longer ones are scaled down; 0 scales none.
@@ -68,6 +70,10 @@ class FedKSeed(Method):
     """
 
     name: ClassVar[str] = "fedkseed"
+    unused: ClassVar[tuple[str, ...]] = (
+        *("steps", "epochs", "learning_rate", "schedule", "warmup_steps"),
+        *("weight_decay", "betas", "clip_norm", "prox_mu", "checkpointing"),
+    )
 
     seeds: int = Field(default=4096, ge=1, le=65536)
     pool: Literal["rademacher", "hadamard", "gaussian"] = "hadamard"
@@ -78,6 +84,7 @@ class FedKSeed(Method):
     eps: float = Field(default=5e-4, gt=0, allow_inf_nan=False)
     loss_clip: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     pro: bool = False
+    draws: Literal["auto", "own", "shared"] = "auto"
     krum_byzantine: int = Field(default=0, ge=0, le=1000)
     clip_norm: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     train: Literal["all", "sparse", "lora"] = "all"
@@ -170,7 +177,8 @@ class FedKSeed(Method):
 
     def client_update(self, job: ClientJob, expected: Manifest) -> Tensors:
         """Draws seeds and steps along their directions; a seed of -1 is a step that was skipped."""
-        rng = np.random.Generator(np.random.Philox(key=job.seed))
+        shared = self.draws == "shared" or (self.draws == "auto" and self.krum_byzantine > 0)
+        rng = np.random.Generator(np.random.Philox(key=job.round_seed if shared else job.seed))
         chances = probabilities(job.known["levels"]) if self.pro else None
         seeds = rng.choice(self.seeds, self.steps * self.directions, p=chances).astype(np.int32)
         plan = ZeroOrder(self.steps, self.directions, self.eps, self.learning_rate, self.optimizer, self.loss_clip)

@@ -37,6 +37,8 @@ _VARIANTS = [
     "flora by budget",
     "flora by ternary",
     "flora by small stacks",
+    "flora by embeddings",
+    "fedex-lora by embeddings",
     "hetlora by pruning",
     "fedkseed by adapter",
     "fedkseed by sparse",
@@ -56,6 +58,7 @@ _OPTIONS["small stacks"] = {"uplink": "int4", "downlink.codec": "ternary", "down
 _OPTIONS["some"] = {"target_modules": ["q_proj", "layers.1"], "server_optimizer": "adam", "uplink": "int8"}
 _OPTIONS["adapter"] = {"train": "lora", "rank": 2, "optimizer": "sign", "draws": "shared"}
 _OPTIONS["sparse"] = {"train": "sparse", "density": 0.3, "pool": "rademacher", "clip_norm": 1.0, "directions": 2}
+_OPTIONS["embeddings"] = {"target_modules": ["q_proj", "embed_tokens"]}
 _OPTIONS["pruning"] = {"prune_gamma": 0.6}
 _OPTIONS["krum"] = {"krum_byzantine": 1, "clip_norm": 50.0}
 _SMALL: dict[str, dict[str, Any]] = {
@@ -116,7 +119,7 @@ def until(value: Callable[[], Any], limit_s: float = 20.0) -> Any:
 
 @pytest.fixture(scope="session")
 def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_base(tmp_path_factory.mktemp("base"))
+    return toy_base(tmp_path_factory.mktemp("base"), tokens=24)
 
 
 @pytest.fixture(params=sorted(METHODS) + _VARIANTS)
