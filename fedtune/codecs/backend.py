@@ -24,25 +24,26 @@ _WAY: ContextVar[Way] = ContextVar("fedtune.codecs.backend", default="size")
 class Work(Protocol):
     """Work on a block; what each does is written in `plain.py`."""
 
-    def not_below(self, block: Array, low: Any) -> tuple[Array, Array]:
-        """Places and values of magnitudes of `low` and more."""
-
     def inside(self, block: Array, low: Any, high: Any) -> tuple[int, Array]:
         """How many magnitudes are above `high`, and those from `low` to it."""
 
-    def keep(
-        self, places: Array, values: Array, limit: Any, ties: int, start: int, out: tuple[Array, Array]
-    ) -> tuple[int, int]:
-        """Writes places and signs of magnitudes above `limit`, and of the first `ties` equal to it."""
+    def keep(self, block: Array, limit: Any, start: int, positions: Array, signs: Array) -> int:
+        """Writes places and signs of magnitudes of `limit` and more."""
 
     def signs(self, block: Array, limit: Any, out: Array) -> None:
-        """Signs of magnitudes above `limit`, 0 elsewhere."""
+        """Signs of magnitudes of `limit` and more, 0 elsewhere."""
 
     def quotients(self, places: Array, before: int, shift: int) -> Array:
         """Gaps before places, as bytes."""
 
     def pack(self, plane: Array, total: Array) -> None:
         """3 total + digits of signs."""
+
+    def counts(self, data: Array) -> Array:
+        """How often each byte occurs."""
+
+    def spell(self, data: Array, codes: Array, lengths: Array, at: int, words: int) -> Array:
+        """Huffman codes of bytes, behind one another."""
 
 
 @contextmanager

@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.codecs.backend import work
+from fedtune.codecs.deflate import section
 from fedtune.codecs.plain import ESCAPE
-from fedtune.codecs.reader import Deflater, Reader
+from fedtune.codecs.reader import Reader
 from fedtune.errors import WireError, problem
 from fedtune.tensors import Array
 
-Positions = npt.NDArray[np.int64]
+Positions = npt.NDArray[np.int64] | npt.NDArray[np.int32]
 Signs = npt.NDArray[np.int8]
 
 _QUOTIENT_BITS = 6
@@ -27,22 +28,23 @@ _BLOCK = 1 << 15
 
 def encode(sizes: Sequence[int], positions: Sequence[Positions]) -> bytes:
     """Writes the ascending places that are kept of vectors of `sizes`, at least one of each."""
-    deflater, lows, how = Deflater(), [], work(sum(sizes))
+    parts, lows, how = [], [], work(sum(sizes))
     for size, places in zip(sizes, positions, strict=True):
         shift, last = low_bits(size, places.size), -1
-        deflater.begin((places.size << shift) / size)
+        quotients = []
         for at in range(0, places.size, _BLOCK):
             block = places[at : at + _BLOCK]
-            deflater.add(how.quotients(block, last, shift))
+            quotients.append(how.quotients(block, last, shift))
             if shift:
                 gaps = np.diff(block, prepend=last) - 1
                 lows.append((gaps[:, None] >> np.arange(shift) & 1).astype(np.uint8).reshape(-1))
             last = int(block[-1])
+        parts.append(np.concatenate(quotients))
     bits = np.concatenate(lows) if lows else np.zeros(0, np.uint8)
-    return deflater.section() + np.packbits(bits, bitorder="little").tobytes()
+    return section(parts, how) + np.packbits(bits, bitorder="little").tobytes()
 
 
-def decode(reader: Reader, sizes: Sequence[int], counts: Sequence[int]) -> list[Positions]:
+def decode(reader: Reader, sizes: Sequence[int], counts: Sequence[int]) -> list[npt.NDArray[np.int64]]:
     """Reads `counts` ascending places, at least one each, of vectors of `sizes`.
 
     Raises:
@@ -90,12 +92,12 @@ def read_bits(reader: Reader, count: int, what: str) -> Array:
     return np.unpackbits(packed, count=count, bitorder="little")
 
 
-def _quotients(data: Array, count: int) -> Positions:
+def _quotients(data: Array, count: int) -> npt.NDArray[np.int64]:
     """Joins escapes with the bytes that end them; raises WireError unless that gives `count` numbers."""
     ends = np.flatnonzero(data != ESCAPE) if data.size > count or (data == ESCAPE).any() else None
     if ends is None:
         return data.astype(np.int64)
     if ends.size != count or int(ends[-1]) != data.size - 1:
         raise WireError(problem("gaps", f"{count} whole ones", f"{ends.size}, or one cut short"))
-    quotients: Positions = data[ends] + ESCAPE * (np.diff(ends, prepend=-1) - 1)
+    quotients: npt.NDArray[np.int64] = data[ends] + ESCAPE * (np.diff(ends, prepend=-1) - 1)
     return quotients

@@ -1,7 +1,6 @@
 """Reading bytes that nobody vouches for: every step is bounded, and every failure is a WireError."""
 
 import zlib
-from math import log
 
 import numpy as np
 
@@ -9,7 +8,6 @@ from fedtune.errors import WireError, problem
 from fedtune.tensors import Array
 
 _VARINT_BYTES = 9  # 63 bits
-_NEW_CODES_BITS = 600
 
 
 class Reader:
@@ -78,35 +76,3 @@ def varint(value: int) -> bytes:
         out.append(value & 127 | 128)
         value >>= 7
     return bytes(out) + bytes([value])
-
-
-class Deflater:
-    """Entropy coding with what every machine has: raw DEFLATE, Huffman codes only, no matches.
-
-    DEFLATE renews its codes every 32 thousand bytes. Where the statistics change in between it pays to renew them
-    sooner: bytes made for density p cost about log2(e) / 2 * ln(p / q)^2 bits each more than they must under codes
-    made for density q, and new codes cost about 600 bits.
-    """
-
-    def __init__(self) -> None:
-        self._deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
-        self._parts: list[bytes] = []
-        self._density, self._bytes = 0.0, 0
-
-    def begin(self, density: float) -> None:
-        """Says that what follows has another density; renews the codes when that is worth its bits."""
-        if self._bytes and 0.72 * self._bytes * log(density / self._density) ** 2 > _NEW_CODES_BITS:
-            self._parts.append(self._deflater.flush(zlib.Z_BLOCK))
-            self._bytes = 0
-        if not self._bytes:
-            self._density = density
-
-    def add(self, data: Array) -> None:
-        """Takes more bytes (uint8, contiguous)."""
-        self._parts.append(self._deflater.compress(data.data))
-        self._bytes += data.size
-
-    def section(self) -> bytes:
-        """Ends the stream and returns it behind its length."""
-        stream = b"".join([*self._parts, self._deflater.flush()])
-        return varint(len(stream)) + stream

@@ -5,16 +5,17 @@ stands for all magnitudes. A share p of n values costs n (H(p) + p) bits at leas
 written by `ternary_format.py` stay within two per cent of the sum of that over the tensors (`benchmarks/ternary.py`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
 import numpy as np
 
+from fedtune.codecs.moments import Moments
 from fedtune.codecs.signs import Code
 from fedtune.codecs.ternary_format import floating, largest, pack, unpack
-from fedtune.codecs.top import Moments, kept_count, moments, pick, working
+from fedtune.codecs.top import Pick, kept_count, pick, working
 from fedtune.errors import ConfigError, problem
 from fedtune.tensors import Array, Manifest, Tensors, TensorSpec, check, check_fit
 
@@ -72,21 +73,21 @@ class Ternary:
             flat = working(tensors[spec.name])
             return flat.astype(np.float64, copy=False) if wide else flat
 
-        spread = [moments(part(spec)) for spec in specs] if self.scale == "std" else []
-        if not spread or not all(isfinite(one.squares) for one in spread):
-            check(tensors, manifest, "update")
-        picked = self._pick(specs, part)
-        each = spread or [_mean_kept(code, part(code.spec)) for code in picked]
-        return [_with_scale(*item) for item in zip(picked, self._scales(each), strict=True)]
-
-    def _pick(self, specs: Sequence[TensorSpec], part: Callable[[TensorSpec], Array]) -> list[Code]:
-        """Chooses what is kept; the scales are still 0."""
         flats = [part(spec) for spec in specs]
+        picks = self._pick(flats)
+        if self.scale != "std" or not all(isfinite(one.moments.squares) for one in picks):
+            check(tensors, manifest, "update")
+        if self.scale != "std":
+            each = [_mean_kept(*item) for item in zip(picks, flats, strict=True)]
+        scales = self._scales(each if self.scale != "std" else [one.moments for one in picks])
+        return [_code(*item) for item in zip(specs, picks, scales, strict=True)]
+
+    def _pick(self, flats: Sequence[Array]) -> list[Pick]:
+        """Chooses what is kept."""
+        spread = self.scale == "std"
         if self.top == "vector":
-            picks = pick(flats, kept_count(self.density, sum(flat.size for flat in flats)))
-        else:
-            picks = [pick([flat], kept_count(self.density, flat.size))[0] for flat in flats]
-        return [Code(s, p.count, 0.0, p.signs, p.positions) for s, p in zip(specs, picks, strict=True)]
+            return pick(flats, kept_count(self.density, sum(flat.size for flat in flats)), spread)
+        return [pick([flat], kept_count(self.density, flat.size), spread)[0] for flat in flats]
 
     def _scales(self, each: list[Moments]) -> list[float]:
         """Computes the scale of each tensor, in float64, from the moments of what it stands for."""
@@ -98,11 +99,11 @@ class Ternary:
         return [self.alpha * (one.mean if self.scale == "least-squares" else one.std) for one in each]
 
 
-def _mean_kept(code: Code, flat: Array) -> Moments:
+def _mean_kept(picked: Pick, flat: Array) -> Moments:
     """Moments of the kept magnitudes; only count and mean are used."""
-    kept = flat[code.positions] if code.positions is not None else flat[code.signs != 0]
+    kept = flat[picked.positions] if picked.positions is not None else flat[picked.signs != 0]
     return Moments(kept.size, float(np.abs(kept).sum(dtype=np.float64)) / max(kept.size, 1))
 
 
-def _with_scale(code: Code, scale: float) -> Code:
-    return Code(code.spec, code.count, scale if code.count else 0.0, code.signs, code.positions)
+def _code(spec: TensorSpec, picked: Pick, scale: float) -> Code:
+    return Code(spec, picked.count, scale if picked.count else 0.0, picked.signs, picked.positions)

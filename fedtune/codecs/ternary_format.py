@@ -13,9 +13,9 @@ Version 1. LEB128 numbers, little-endian values; "in order" is the manifest's or
     values     tensors of an integer dtype as they are, in order
 
 Each section takes its tensors from the lowest share kept to the highest (equal shares in order), so that Huffman codes,
-which DEFLATE renews now and then, meet one density at a time; bits fill bytes from the lowest, without stopping between
+which DEFLATE renews where it pays, meet one density at a time; bits fill bytes from the lowest, without stopping between
 tensors. A section whose tensors keep nothing is left out. A payload must be used up exactly; unused bits and trits are
-0.
+0. Any raw DEFLATE stream of the right bytes is read: which one is written (`deflate.py`) is no part of the format.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,7 +52,7 @@ def pack(codes: Sequence[Code], tensors: Tensors, manifest: Manifest, each: bool
         yield gaps.encode([size_of(codes[i].spec) for i in few], [pair[0] for pair in pairs])
         yield gaps.encode_signs(np.concatenate([pair[1] for pair in pairs]))
     if many:
-        yield trits.encode([codes[i].dense() for i in many], [codes[i].count for i in many])
+        yield trits.encode([codes[i].dense() for i in many])
     for spec in manifest.specs:
         if spec.dtype in _LOOSE:
             yield as_bytes(tensors[spec.name])

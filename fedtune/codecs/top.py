@@ -1,8 +1,9 @@
-"""Exact selection of the k largest magnitudes, and the moments of a vector, in passes over blocks that stay in cache.
+"""Exact selection of the k largest magnitudes, in passes over blocks that stay in cache.
 
-A sample gives a bracket: two magnitudes between which the k-th largest lies with near certainty. One pass sifts out
-what is not below it, and only what is inside is partitioned. A wrong bracket is noticed by the counts, and the sifting
-is done again without one: the result is exact in either case.
+A sample gives a bracket: two magnitudes between which the k-th largest lies with near certainty. One pass counts what
+is above the bracket and takes out what is inside, and only that is partitioned; another keeps what is beyond the cut.
+A wrong bracket is noticed by the counts, and the first pass is done again without one: the result is exact in either
+case.
 """
 
 from collections.abc import Sequence
@@ -12,14 +13,15 @@ from math import inf, sqrt
 import numpy as np
 
 from fedtune.codecs.backend import Work, work
+from fedtune.codecs.moments import Moments, of_block
 from fedtune.codecs.plain import BLOCK
 from fedtune.tensors import Array
 
 _SMALL = 1 << 17
 _SAMPLE = 1 << 16
-_SMALL_SAMPLE = 1 << 12
 _DENSE = 0.3  # from this share on places take more room than a sign for every value
 _SAFETY = 5.0  # standard deviations of the sample's rank
+_INT32 = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,56 +31,31 @@ class Pick:
     Attributes:
         count: how many values.
         signs: -1 or 1 for each of `positions`; without positions -1, 0 or 1 for every value. int8.
-        positions: ascending places, int64.
+        positions: ascending places, int32, or int64 where these do not reach.
+        moments: of the whole vector, if they were asked for.
     """
 
     count: int
     signs: Array
-    positions: Array | None = None
+    positions: Array | None
+    moments: Moments
 
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """What is kept: every magnitude above `value`, and the first `ties` of those equal to it."""
+    """What is kept: every magnitude above `value`, and the first `ties` of those equal to it (None: all)."""
 
     value: float
-    ties: int
+    ties: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class _Sifted:
-    """What of one vector is not below a bracket: how many above it, and the magnitudes inside.
-
-    Where little is, also for each block the places in it, uint16, and the values.
-    """
+class _Seen:
+    """What of one vector is above a bracket, and the magnitudes inside it, block by block."""
 
     above: int
-    inside: Array
-    blocks: list[tuple[Array, Array]] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Moments:
-    """Count, mean and sum of squared deviations from the mean, in float64."""
-
-    count: int = 0
-    mean: float = 0.0
-    squares: float = 0.0
-
-    @property
-    def std(self) -> float:
-        """Standard deviation with n - 1 in the denominator, as `torch.std` has it; 0 for fewer than two values."""
-        return sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
-
-    def plus(self, other: "Moments") -> "Moments":
-        """Joins the moments of two vectors (Chan, Golub and LeVeque 1979)."""
-        count = self.count + other.count
-        if not count:
-            return self
-        apart = other.mean - self.mean
-        mean = self.mean + apart * other.count / count
-        squares = self.squares + other.squares + apart * apart * self.count * other.count / count
-        return Moments(count, mean, squares)
+    inside: list[Array]
+    moments: Moments
 
 
 def working(array: Array) -> Array:
@@ -92,107 +69,29 @@ def kept_count(density: float, size: int) -> int:
     return min(size, max(1, round(density * size))) if density > 0 else 0
 
 
-def pick(parts: Sequence[Array], count: int) -> list[Pick]:
+def pick(parts: Sequence[Array], count: int, with_moments: bool = False) -> list[Pick]:
     """Keeps the `count` largest magnitudes of the vectors `parts` taken as one; zeros never.
 
     Args:
-        parts: one-dimensional, finite, all of the same dtype.
+        parts: one-dimensional, all of the same dtype. Where a value is not finite, so are the squares of its part's
+            moments, and what is kept has no meaning.
         count: at least 0. Of equal magnitudes at the edge the first are kept.
+        with_moments: whether to compute them.
     """
     size = sum(part.size for part in parts)
     how = work(size, parts[0].dtype if parts else np.float32)
-    if not 0 < count < size:
-        cut = _Cut(0.0 if count else inf, 0)
-        return [_pick_dense(part, cut, how)[0] for part in parts]
-    sifted, cut = _sift(parts, count, *(_bracket(parts, count, size) if size > _SMALL else (0.0, inf)), how)
+    some = 0 < count < size
+    low, high = _bracket(parts, count, size) if some and size > _SMALL else (0.0 if some else inf, inf)
+    seen = [_see(part, low, high, how, with_moments) for part in parts]
+    cut = _cut(seen, count) if some else _Cut(0.0 if count else inf)
+    if cut is None:
+        seen = [_see(part, 0.0, inf, how, with_moments) for part in parts]
+        cut = _cut(seen, count) or _Cut(inf)
     picks = []
-    for part, one in zip(parts, sifted, strict=True):
-        found, cut = _pick_dense(part, cut, how) if one.blocks is None else _pick_sparse(one.blocks, cut, how)
+    for part, one in zip(parts, seen, strict=True):
+        found, cut = _keep(part, one, cut, how)
         picks.append(found)
     return picks
-
-
-def moments(part: Array) -> Moments:
-    """Computes the moments of one vector; the squares are not finite unless all values are.
-
-    The deviation is right to about 1e-14 of itself; that of more than 131072 float32 values to about 1e-8, as blocks
-    are then summed in float32 (pairwise) where nothing cancels.
-    """
-    total, exact = Moments(), part.dtype != np.float32 or part.size <= _SMALL
-    buffer = np.empty(0 if exact else BLOCK, np.float32)
-    for at in range(0, part.size, BLOCK):
-        block = part[at : at + BLOCK]
-        one = None if exact else _quick_moments(block, buffer[: block.size])
-        total = total.plus(one or _exact_moments(block))
-    return total
-
-
-def _exact_moments(block: Array) -> Moments:
-    wide = block.astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        mean = float(wide.sum()) / wide.size
-        wide -= mean
-        return Moments(wide.size, mean, float(np.square(wide, out=wide).sum()))
-
-
-def _quick_moments(block: Array, buffer: Array) -> Moments | None:
-    """Computes in float32; None where that would lose digits."""
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        mean, squares = float(block.sum()) / block.size, float(np.square(block, out=buffer).sum())
-    safe = 1e-20 * block.size < squares < 1e30 and mean * mean * block.size < 1e-2 * squares
-    return Moments(block.size, mean, squares - mean * mean * block.size) if safe else None
-
-
-def _sift(parts: Sequence[Array], count: int, low: float, high: float, how: Work) -> tuple[list[_Sifted], _Cut]:
-    """Finds the cut, and for vectors of which little is kept what is not below `low`."""
-    sifted = [_sift_one(part, low, high, how) for part in parts]
-    left = count - sum(one.above for one in sifted)
-    inside = np.concatenate([one.inside for one in sifted])
-    if not 0 < left <= inside.size:
-        return _sift(parts, count, 0.0, inf, how)
-    value = np.partition(inside, inside.size - left)[inside.size - left]
-    ties = left - int(np.count_nonzero(inside > value))
-    return sifted, _Cut(float(value), ties if value > 0 else 0)
-
-
-def _sift_one(part: Array, low: float, high: float, how: Work) -> _Sifted:
-    low, high = part.dtype.type(low), part.dtype.type(high)
-    sample = np.abs(part[:: part.size // _SMALL_SAMPLE + 1])
-    dense = part.size > 0 and np.count_nonzero(sample >= low) >= _DENSE * sample.size
-    above, inside, blocks = 0, [part[:0]], []
-    for at in range(0, part.size, BLOCK):
-        block = part[at : at + BLOCK]
-        if not dense:
-            blocks.append(how.not_below(block, low))
-            block = blocks[-1][1]
-        over, found = how.inside(block, low, high)
-        above += over
-        inside.append(found)
-    return _Sifted(above, np.concatenate(inside), None if dense else blocks)
-
-
-def _pick_sparse(blocks: Sequence[tuple[Array, Array]], cut: _Cut, how: Work) -> tuple[Pick, _Cut]:
-    """Keeps what is beyond the cut, and returns the cut for the vectors that follow, with the ties that are left."""
-    most, count, left = sum(places.size for places, _ in blocks), 0, cut.ties
-    positions, signs = np.empty(most + 1, np.int64), np.empty(most + 1, np.int8)
-    for number, (places, values) in enumerate(blocks):
-        out, limit = (positions[count:], signs[count:]), values.dtype.type(cut.value)
-        found, left = how.keep(places, values, limit, left, number * BLOCK, out)
-        count += found
-    return Pick(count, signs[:count], positions[:count]), _Cut(cut.value, left)
-
-
-def _pick_dense(part: Array, cut: _Cut, how: Work) -> tuple[Pick, _Cut]:
-    """Keeps as `_pick_sparse`, with a sign for every value."""
-    signs, left, limit = np.empty(part.size, np.int8), cut.ties, part.dtype.type(cut.value)
-    for at in range(0, part.size, BLOCK):
-        block, out = part[at : at + BLOCK], signs[at : at + BLOCK]
-        how.signs(block, limit, out)
-        if left:
-            equal = np.flatnonzero(np.abs(block) == limit)[:left]
-            out[equal] = np.sign(block[equal])
-            left -= equal.size
-    return Pick(int(np.count_nonzero(signs)), signs), _Cut(cut.value, left)
 
 
 def _bracket(parts: Sequence[Array], count: int, size: int) -> tuple[float, float]:
@@ -203,3 +102,76 @@ def _bracket(parts: Sequence[Array], count: int, size: int) -> tuple[float, floa
     rank, slack = sample.size * (1 - share), _SAFETY * sqrt(sample.size * share * (1 - share)) + 4
     low, high = int(rank - slack), int(rank + slack) + 1
     return (sample[low] if low >= 0 else 0.0), (sample[high] if high < sample.size else inf)
+
+
+def _see(part: Array, low: float, high: float, how: Work, with_moments: bool) -> _Seen:
+    low, high = part.dtype.type(low), part.dtype.type(high)
+    above, inside, total = 0, [], Moments()
+    for at in range(0, part.size, BLOCK):
+        block = part[at : at + BLOCK]
+        if with_moments:
+            total = total.plus(of_block(block, part.size))
+        over, found = how.inside(block, low, high)
+        above += over
+        inside.append(found)
+    return _Seen(above, inside, total)
+
+
+def _cut(seen: Sequence[_Seen], count: int) -> _Cut | None:
+    """Finds the cut; None where the bracket does not hold it."""
+    left = count - sum(one.above for one in seen)
+    inside = np.concatenate([block for one in seen for block in one.inside])
+    if not 0 < left <= inside.size:
+        return None
+    value = np.partition(inside, inside.size - left)[inside.size - left]
+    ties = left - int(np.count_nonzero(inside > value))
+    return _Cut(float(value), ties if ties < np.count_nonzero(inside == value) else None)
+
+
+def _keep(part: Array, seen: _Seen, cut: _Cut, how: Work) -> tuple[Pick, _Cut]:
+    """Keeps what is beyond the cut, and returns the cut for the vectors that follow, with the ties that are left."""
+    limit = max(part.dtype.type(cut.value), np.nextafter(part.dtype.type(0), part.dtype.type(1)))
+    most = seen.above + sum(int(np.count_nonzero(block >= limit)) for block in seen.inside) if cut.value else part.size
+    late, cut = _late(part, seen, limit, cut)
+    if most >= _DENSE * part.size:
+        return Pick(*_dense(part, limit, late, how), None, seen.moments), cut
+    return Pick(*_sparse(part, limit, late, how, most), seen.moments), cut
+
+
+def _late(part: Array, seen: _Seen, limit: Array, cut: _Cut) -> tuple[dict[int, Array], _Cut]:
+    """Finds the ties that are not kept: for each block that has any their places, and the ties left for others."""
+    left, late = cut.ties, {}
+    if left is None:
+        return {}, cut
+    for number, inside in enumerate(seen.inside):
+        ties = int(np.count_nonzero(inside == limit))
+        if ties > left:
+            block = part[number * BLOCK : (number + 1) * BLOCK]
+            late[number * BLOCK] = np.flatnonzero(np.abs(block) == limit)[left:]
+        left -= min(left, ties)
+    return late, _Cut(cut.value, left)
+
+
+def _sparse(part: Array, limit: Array, late: dict[int, Array], how: Work, most: int) -> tuple[int, Array, Array]:
+    """Signs and places of what is kept."""
+    positions = np.empty(most + 1, np.int32 if part.size < _INT32 else np.int64)
+    signs, count = np.empty(most + 1, np.int8), 0
+    for at in range(0, part.size, BLOCK):
+        end = count + how.keep(part[at : at + BLOCK], limit, at, positions[count:], signs[count:])
+        if at in late:
+            on_time = ~np.isin(positions[count:end], late[at] + at)
+            kept = count + int(np.count_nonzero(on_time))
+            positions[count:kept], signs[count:kept] = positions[count:end][on_time], signs[count:end][on_time]
+            end = kept
+        count = end
+    return count, signs[:count], positions[:count]
+
+
+def _dense(part: Array, limit: Array, late: dict[int, Array], how: Work) -> tuple[int, Array]:
+    """A sign for every value."""
+    signs = np.empty(part.size, np.int8)
+    for at in range(0, part.size, BLOCK):
+        how.signs(part[at : at + BLOCK], limit, signs[at : at + BLOCK])
+        if at in late:
+            signs[late[at] + at] = 0
+    return int(np.count_nonzero(signs)), signs

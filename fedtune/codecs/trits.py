@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedtune.codecs.backend import Work, work
+from fedtune.codecs.deflate import section
 from fedtune.codecs.gaps import Signs
-from fedtune.codecs.reader import Deflater, Reader
+from fedtune.codecs.reader import Reader
 from fedtune.errors import WireError, problem
 from fedtune.tensors import Array
 
@@ -20,13 +21,10 @@ _BASE = 3
 _BLOCK = 1 << 15
 
 
-def encode(vectors: Sequence[Signs], counts: Sequence[int]) -> bytes:
-    """Writes vectors of -1, 0 and 1; `counts` say how many values of each are not zero."""
-    deflater, how = Deflater(), work(sum(signs.size for signs in vectors))
-    for signs, count in zip(vectors, counts, strict=True):
-        deflater.begin(count / signs.size)
-        _pack(signs, deflater, how)
-    return deflater.section()
+def encode(vectors: Sequence[Signs]) -> bytes:
+    """Writes vectors of -1, 0 and 1."""
+    how = work(sum(signs.size for signs in vectors))
+    return section([_pack(signs, how) for signs in vectors], how)
 
 
 def decode(reader: Reader, sizes: Sequence[int]) -> list[Signs]:
@@ -39,14 +37,13 @@ def decode(reader: Reader, sizes: Sequence[int]) -> list[Signs]:
     return [_unpack(part, size) for part, size in zip(parts, sizes, strict=True)]
 
 
-def _pack(signs: Signs, deflater: Deflater, how: Work) -> None:
+def _pack(signs: Signs, how: Work) -> Array:
     width = -(-signs.size // DIGITS)
-    planes = [signs[i * width : (i + 1) * width] for i in range(DIGITS)]
+    planes, packed = [signs[i * width : (i + 1) * width] for i in range(DIGITS)], np.zeros(width, np.uint8)
     for at in range(0, width, _BLOCK):
-        total = np.zeros(min(_BLOCK, width - at), np.uint8)
         for plane in reversed(planes):
-            how.pack(plane[at : at + _BLOCK], total)
-        deflater.add(total)
+            how.pack(plane[at : at + _BLOCK], packed[at : at + _BLOCK])
+    return packed
 
 
 def _unpack(rest: Array, size: int) -> Signs:

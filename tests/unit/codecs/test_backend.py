@@ -40,28 +40,33 @@ def same(ours, theirs):
 def test_every_step_on_a_block_is_the_same(block, data):
     low, high = sorted(np.abs(data.draw(st.sampled_from(block.tolist()))) for _ in range(2))
     low, high = block.dtype.type(low), block.dtype.type(high)
-    ties = data.draw(st.integers(0, 5)) if high > 0 else 0
-    plain, compiled = both(block.dtype)
-    same(plain.not_below(block, low), compiled.not_below(block, low))
-    same(plain.inside(block, low, high), compiled.inside(block, low, high))
-    places, values = plain.not_below(block, low)
+    limit = max(high, np.nextafter(block.dtype.type(0), block.dtype.type(1)))
     found = []
-    for how in (plain, compiled):
-        out = np.empty(block.size + 1, np.int64), np.empty(block.size + 1, np.int8)
-        count, left = how.keep(places, values, high, ties, 7, out)
-        signs = np.empty(block.size, np.int8)
-        how.signs(block, high, signs)
+    for how in both(block.dtype):
+        above, inside = how.inside(block, low, high)
+        positions, signs = np.empty(block.size + 1, np.int32), np.empty(block.size + 1, np.int8)
+        count = how.keep(block, limit, 7, positions, signs)
+        dense = np.empty(block.size, np.int8)
+        how.signs(block, limit, dense)
         total = np.full(block.size + 3, 2, np.uint8)
-        how.pack(signs, total)
-        found.append((out[0][:count], out[1][:count], left, signs, total))
+        how.pack(dense, total)
+        found.append((above, inside, positions[:count], signs[:count], dense, total))
     same(*found)
+    above, inside, positions, signs, dense, _ = found[0]
+    magnitudes = np.abs(block)
+    assert above == np.count_nonzero(magnitudes > high)
+    np.testing.assert_array_equal(inside, magnitudes[(magnitudes >= low) & (magnitudes <= high)])
+    np.testing.assert_array_equal(positions - 7, np.flatnonzero(magnitudes >= limit))
+    np.testing.assert_array_equal(signs, np.sign(block[positions - 7]))
+    np.testing.assert_array_equal(dense, np.where(magnitudes >= limit, np.sign(block), 0))
 
 
 @quick
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=60), st.integers(0, 4))
 def test_gaps_are_the_same_bytes_with_escapes_too(gaps, shift):
-    places = np.cumsum(np.array(gaps, np.int64) + 1) - 1
-    same(*([how.quotients(places, -1, shift)] for how in both(np.float32)))
+    for kind in (np.int32, np.int64):
+        places = (np.cumsum(np.array(gaps, kind) + 1) - 1).astype(kind)
+        same(*([how.quotients(places, -1, shift)] for how in both(np.dtype(np.float32))))
 
 
 @quick
