@@ -13,7 +13,7 @@ from fedtune import exact
 from fedtune.codecs.compression import Compression, change, changed
 from fedtune.codecs.signs import Code
 from fedtune.errors import ProtocolError, problem
-from fedtune.lora import find_layers, kaiming_uniform, key_a, key_b, layers_of, scale_array
+from fedtune.lora import find_layers, first_factors, key_a, key_b, layers_of, scale_array
 from fedtune.method import BaseModel, ClientJob, Member
 from fedtune.outer import ServerOptimizer
 from fedtune.tensors import DTYPES, PRIVATE, Array, Manifest, Tensors, TensorSpec, dtype_name
@@ -22,13 +22,15 @@ Total = dict[str, exact.ExactSum]
 Kept = dict[str, tuple[Member, int, Tensors]]
 
 
-def drawn(base: BaseModel, targets: Sequence[str], rank: int, dtype: str, seed: int) -> dict[str, Array]:
-    """Draws the first shared adapter from `seed`: A as PEFT does, B zero."""
+def drawn(
+    base: BaseModel, targets: Sequence[str], rank: int, dtype: str, seed: int, no_tables: str = ""
+) -> dict[str, Array]:
+    """Draws the first shared adapter from `seed` as PEFT does; `no_tables` is why embeddings are refused, if so."""
     rng = np.random.Generator(np.random.Philox(key=seed))
     state: dict[str, Array] = {}
-    for layer in find_layers(base.weights, targets, base.transposed):
-        state[key_a(layer.name)] = kaiming_uniform(rng, rank, layer.inputs).astype(DTYPES[dtype])
-        state[key_b(layer.name)] = np.zeros((layer.outputs, rank), DTYPES[dtype])
+    for layer in find_layers(base.weights, targets, base.transposed, no_tables):
+        a_ri, b_or = first_factors(rng, layer.name, rank, layer.inputs, layer.outputs)
+        state[key_a(layer.name)], state[key_b(layer.name)] = a_ri.astype(DTYPES[dtype]), b_or.astype(DTYPES[dtype])
     return state
 
 

@@ -6,7 +6,7 @@ for it, by adapting few blocks; those near the output are worth most (LEGEND, ar
 
 from collections.abc import Sequence
 
-from fedtune.lora import key_a, key_b, layers_of
+from fedtune.lora import is_table, key_a, key_b, layers_of
 from fedtune.tensors import Array, Tensors
 
 
@@ -14,13 +14,14 @@ def blocks(layers: Sequence[str]) -> list[list[str]]:
     """Groups layers by transformer block, from the input to the output.
 
     A block's number is the first in a layer's dotted name: 3 in `model.layers.3.self_attn.q_proj`. A layer without one
-    is behind all blocks, as an output head is, and goes with the last.
+    goes with the last block, being behind all of them as an output head is; an embedding goes with the first.
     """
     numbers = {layer: next((int(p) for p in layer.split(".") if p.isdecimal()), None) for layer in layers}
-    last = max((number for number in numbers.values() if number is not None), default=0)
+    known = [number for number in numbers.values() if number is not None] or [0]
     found: dict[int, list[str]] = {}
     for layer, number in numbers.items():
-        found.setdefault(last if number is None else number, []).append(layer)
+        outside = min(known) if is_table(layer) else max(known)
+        found.setdefault(outside if number is None else number, []).append(layer)
     return [found[number] for number in sorted(found)]
 
 

@@ -5,6 +5,7 @@ computes W x + scale * B A x (Hu et al. 2021, arXiv 2106.09685, section 4.1).
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -20,14 +21,19 @@ from fedtune.errors import ConfigError, ModelError, problem
 from fedtune.tensors import Array, Manifest, Tensors
 
 ALL_LINEAR = "all-linear"
+_FACTOR = re.compile(r"\.lora_(embedding_[AB]|[AB]\.weight)$")
 # Vocabulary and position tables and the output head: PEFT's "all-linear" leaves them alone, and so do we.
-_EMBEDDINGS = ("embed", "wte", "wpe", "shared")
-_NOT_LINEAR = (*_EMBEDDINGS, "lm_head", "score", "norm", "ln_")
+_TABLES = ("embed", "wte", "wpe")
+_HEADS = ("lm_head", "embed_out", "score")
+_NOT_LINEAR = (*_TABLES, *_HEADS, "shared", "norm", "ln_")
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One adapted layer: dotted module name, input features I, output features O."""
+    """One adapted layer: dotted module name, input features I, output features O.
+
+    An embedding of V tokens is a layer of I = V, whose inputs are one-hot.
+    """
 
     name: str
     inputs: int
@@ -77,17 +83,23 @@ def layers_of(tensors: Tensors | Sequence[str]) -> list[str]:
     return [name[:-2] for name in tensors if name.endswith("/A")]
 
 
-def find_layers(base: Manifest, targets: Sequence[str], transposed: bool = False) -> list[Layer]:
+def is_table(layer: str) -> bool:
+    """Whether a layer is an embedding, by the last part of its name. Its weight is I x O in every model."""
+    last = layer.rsplit(".", 1)[-1]
+    return last == "shared" or (any(word in last for word in _TABLES) and last not in _HEADS)
+
+
+def find_layers(base: Manifest, targets: Sequence[str], transposed: bool = False, no_tables: str = "") -> list[Layer]:
     """Finds the layers of `base` that `targets` name, in the base's order.
 
     Args:
         base: the base model's weights.
         targets: last parts of module names (`q_proj`), or just `all-linear`.
         transposed: weights are stored I x O (the Conv1D layers of GPT-2).
+        no_tables: why embeddings are refused; they are taken where this is empty.
 
     Raises:
-        ConfigError: a target matches no two-dimensional weight, or an embedding: its table may also be the output
-            head, and a change merged into it would then change both, where an adapter changes one.
+        ConfigError: a target matches no two-dimensional weight, or an embedding that is refused.
     """
     linear = {
         s.name.removesuffix(".weight"): s.shape for s in base.specs if len(s.shape) == 2 and s.name.endswith(".weight")
@@ -102,13 +114,14 @@ def find_layers(base: Manifest, targets: Sequence[str], transposed: bool = False
                     problem("method.target_modules", f"names among {choices} or {ALL_LINEAR}", repr(target))
                 )
         found = {n: s for n, s in linear.items() if any(_matches(n, target) for target in targets)}
-    tables = [n for n in found if any(word in n.rsplit(".", 1)[-1] for word in _EMBEDDINGS)]
-    if tables:
-        why = "An embedding is often the output head too: merging would change both, an adapter only one"
-        raise ConfigError(problem("method.target_modules", "linear layers", tables[0], why))
+    tables = [name for name in found if is_table(name)]
+    if tables and no_tables:
+        raise ConfigError(problem("method.target_modules", "linear layers", tables[0], no_tables))
     if not found:
         raise ConfigError(problem("method.target_modules", "at least one linear layer of the base", list(targets)))
-    return [Layer(n, *(s if transposed else s[::-1])) for n, s in found.items()]
+    heads = [name for name in found if name.rsplit(".", 1)[-1] in _HEADS]  # linear in every model
+    turned = [name for name in found if name in tables or (transposed and name not in heads)]
+    return [Layer(name, *(shape if name in turned else shape[::-1])) for name, shape in found.items()]
 
 
 def _matches(name: str, target: str) -> bool:
@@ -119,6 +132,34 @@ def kaiming_uniform(rng: np.random.Generator, rank: int, inputs: int) -> npt.NDA
     """Draws A_RI as PEFT does: kaiming uniform with a = sqrt(5), which is U(-1/sqrt(I), 1/sqrt(I)), in float32."""
     bound = 1.0 / sqrt(inputs)
     return rng.uniform(-bound, bound, (rank, inputs)).astype(np.float32)
+
+
+def first_factors(
+    rng: np.random.Generator, layer: str, rank: int, inputs: int, outputs: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Draws a new adapter of one layer as PEFT does; its product is zero.
+
+    Of a linear layer A is drawn and B is zero. Of an embedding B is drawn from N(0, 1) and A is zero: so a token that
+    nobody trains on stays where it is.
+
+    Returns:
+        A_RI and B_OR, float32.
+    """
+    if is_table(layer):
+        return np.zeros((rank, inputs), np.float32), rng.normal(size=(outputs, rank)).astype(np.float32)
+    return kaiming_uniform(rng, rank, inputs), np.zeros((outputs, rank), np.float32)
+
+
+def peft_name(factor: str) -> str:
+    """Name of a factor (`layer/A`) in PEFT's files."""
+    layer, _, side = factor.rpartition("/")
+    return f"base_model.model.{layer}.lora_" + (f"embedding_{side}" if is_table(layer) else f"{side}.weight")
+
+
+def factor_name(stored: str) -> str:
+    """Name of a factor (`layer/A`) by its name in PEFT's files."""
+    layer, _, side = stored.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+    return f"{layer}/{side[-1:]}"
 
 
 def save_product(folder: Path, factors: Tensors, base_model: str = "") -> None:
@@ -146,10 +187,8 @@ def save_peft(
     """
     layers = [layer for layer in layers_of(factors) if factors[key_a(layer)].size and factors[key_b(layer)].size]
     ranks = {layer: int(factors[key_a(layer)].shape[0]) for layer in layers}
-    tensors = {}
-    for layer in layers:
-        tensors[f"base_model.model.{layer}.lora_A.weight"] = np.ascontiguousarray(factors[key_a(layer)])
-        tensors[f"base_model.model.{layer}.lora_B.weight"] = np.ascontiguousarray(factors[key_b(layer)])
+    names = [key for layer in layers for key in (key_a(layer), key_b(layer))]
+    tensors = {peft_name(name): np.ascontiguousarray(factors[name]) for name in names}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
@@ -198,9 +237,9 @@ def load_peft(folder: Path) -> dict[str, Array]:
 
 def _folded(config: dict[str, Any], stored: dict[str, Array]) -> dict[str, Array]:
     factors: dict[str, Array] = {}
-    for name in (n for n in stored if n.endswith(".lora_A.weight")):
-        layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        a_ri, b_or = stored[name], stored[name.replace(".lora_A.", ".lora_B.")]
+    sides = {factor_name(name): array for name, array in stored.items() if _FACTOR.search(name)}
+    for layer in layers_of(list(sides)):
+        a_ri, b_or = sides[key_a(layer)], sides[key_b(layer)]
         alpha = config.get("alpha_pattern", {}).get(layer, config["lora_alpha"])
         scale = lora_scale(a_ri.shape[0], alpha, bool(config.get("use_rslora")))
         factors[key_a(layer)] = scale_array(a_ri, scale)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from fedtune.errors import ConfigError, ModelError, problem
-from fedtune.lora import LoraSpec, key_a, key_b, layers_of, save_peft
+from fedtune.lora import LoraSpec, factor_name, key_a, key_b, layers_of, save_peft
 from fedtune.method import ClientJob
 from fedtune.tensors import Array, Manifest, Tensors
 
@@ -106,13 +106,7 @@ def own_adapter(adapter: Path, memory: Path, folder: Path) -> None:
     own = {name.removeprefix(KEPT): array for name, array in kept.items() if name.startswith(KEPT)}
     if not own:
         raise ModelError(problem(str(memory), "personal factors", "none", "See method.personal"))
-    factors = {**{_plain(name): array for name, array in stored.items()}, **own}
+    factors = {**{factor_name(name): array for name, array in stored.items()}, **own}
     rank, alpha, rslora = int(config["r"]), float(config["lora_alpha"]), bool(config["use_rslora"])
     base = str(config["base_model_name_or_path"] or "")
     save_peft(folder, factors, rank=rank, alpha=alpha, rslora=rslora, base_model=base)
-
-
-def _plain(name: str) -> str:
-    """`layer/A` of PEFT's name of a factor."""
-    layer, _, side = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
-    return f"{layer}/{side}"

@@ -254,7 +254,7 @@ def _is_small(a: Array, b: Array, scale: float) -> bool:
     x, y = a.reshape(-1), b.reshape(-1)
     with np.errstate(over="ignore"):
         of_a, of_b = scale * float(np.dot(x, x)) ** 0.5, float(np.dot(y, y)) ** 0.5
-    return max(of_a, of_b, of_a * of_b) < 0.9 * exact.LIMIT
+    return bool(max(of_a, of_b, of_a * of_b) < 0.9 * exact.LIMIT)
 
 
 def _side_by_side(parts: Sequence[Array], dtype: np.dtype[Any]) -> Array:

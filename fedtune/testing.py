@@ -16,7 +16,7 @@ from fedtune.capability import Capability, Cost
 from fedtune.config import Config, Shared
 from fedtune.directions import Coefficients, Pool, layout, reference
 from fedtune.errors import ProtocolError, problem
-from fedtune.lora import LoraSpec, find_layers, kaiming_uniform, key_a, key_b, layers_of, overlaid
+from fedtune.lora import LoraSpec, find_layers, first_factors, is_table, key_a, key_b, layers_of, overlaid
 from fedtune.method import Member, Method, Part, Tail, ZeroOrder
 from fedtune.rounds import job_seed, round_seed
 from fedtune.sparse import Smallest
@@ -25,13 +25,18 @@ from fedtune.worker import OnStep
 from fedtune.zo import Line, PlainWalk, put_back, train
 
 
-def toy_base(folder: Path, *, layers: int = 2, width: int = 16, seed: int = 0) -> Path:
-    """Writes a model folder with `q_proj` (width x width) and `v_proj` (width/2 x width) in each layer; returns it."""
+def toy_base(folder: Path, *, layers: int = 2, width: int = 16, seed: int = 0, tokens: int = 0) -> Path:
+    """Writes a model folder with `q_proj` (width x width) and `v_proj` (width/2 x width) in each layer; returns it.
+
+    With `tokens` there is an embedding of so many as well.
+    """
     rng = np.random.Generator(np.random.Philox(key=seed))
     weights = {}
     for i in range(layers):
         weights[f"model.layers.{i}.self_attn.q_proj.weight"] = rng.normal(size=(width, width)).astype(np.float32)
         weights[f"model.layers.{i}.self_attn.v_proj.weight"] = rng.normal(size=(width // 2, width)).astype(np.float32)
+    if tokens:
+        weights["model.embed_tokens.weight"] = rng.normal(size=(tokens, width)).astype(np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
@@ -52,7 +57,8 @@ class ToyJob:
         """Adds B A to the base weights."""
         for layer in layers_of(factors):
             product = factors[key_b(layer)].astype(np.float32) @ factors[key_a(layer)].astype(np.float32)
-            self._worker.weights[f"{layer}.weight"] = self._worker.weights[f"{layer}.weight"] + product
+            weight = self._worker.weights[f"{layer}.weight"]
+            self._worker.weights[f"{layer}.weight"] = weight + (product.T if is_table(layer) else product)
 
     def rebase(self) -> None:
         """Goes back to the weights in the file."""
@@ -67,9 +73,8 @@ class ToyJob:
         rng = np.random.Generator(np.random.Philox(key=self.seed))
         factors: dict[str, Array] = {}
         for layer in spec.layers:
-            outputs, inputs = self._worker.weights[f"{layer}.weight"].shape
-            factors[key_a(layer)] = kaiming_uniform(rng, spec.rank, inputs)
-            factors[key_b(layer)] = np.zeros((outputs, spec.rank), np.float32)
+            outputs, inputs = _features(layer, self._worker.weights)
+            factors[key_a(layer)], factors[key_b(layer)] = first_factors(rng, layer, spec.rank, inputs, outputs)
         return factors
 
     def train_fresh(self, spec: LoraSpec) -> Tensors:
@@ -77,7 +82,7 @@ class ToyJob:
         rng = np.random.Generator(np.random.Philox(key=self.seed))
         factors: dict[str, Array] = {}
         for layer in spec.layers:
-            outputs, inputs = self._worker.weights[f"{layer}.weight"].shape
+            outputs, inputs = _features(layer, self._worker.weights)
             factors[key_a(layer)] = rng.normal(0, 0.1, (spec.rank, inputs)).astype(np.float32)
             factors[key_b(layer)] = rng.normal(0, 0.1, (outputs, spec.rank)).astype(np.float32)
         self._worker.report(self.member)
@@ -96,9 +101,10 @@ class ToyJob:
         self._worker.report(self.member)
         drawn = {n: rng.normal(0, 0.1, a.shape).astype(np.float32) for n, a in factors.items()}
         after = {n: a if n.rsplit("/", 1)[1] in frozen else a + drawn[n] for n, a in factors.items()}
-        for name, array in after.items() if tail else ():
-            last = np.s_[tail.start :] if name.endswith("/A") else np.s_[:, tail.start :]
-            array[last] = factors[name][last] / 2
+        if tail:
+            for name, array in after.items():
+                last = np.s_[tail.start :] if name.endswith("/A") else np.s_[:, tail.start :]
+                array[last] = factors[name][last] / 2
         return after
 
     def layers(self, targets: Sequence[str]) -> tuple[str, ...]:
@@ -186,9 +192,8 @@ class ToyWorker:
         rng = np.random.Generator(np.random.Philox(key=part.seed))
         factors: dict[str, Array] = {}
         for layer in part.lora.layers:
-            outputs, inputs = weights[f"{layer}.weight"].shape
-            factors[key_a(layer)] = kaiming_uniform(rng, part.lora.rank, inputs)
-            factors[key_b(layer)] = np.zeros((outputs, part.lora.rank), np.float32)
+            outputs, inputs = _features(layer, weights)
+            factors[key_a(layer)], factors[key_b(layer)] = first_factors(rng, layer, part.lora.rank, inputs, outputs)
         return factors
 
     def measure(self, method: Method, member: Member) -> Capability:
@@ -206,6 +211,12 @@ class ToyWorker:
         if self._delay:
             self._delay()
         self.metrics = {"loss": 1.0 / (1 + len(member.id)), "steps": 1.0}
+
+
+def _features(layer: str, weights: Tensors) -> tuple[int, ...]:
+    """Output and input features of a layer."""
+    shape = weights[f"{layer}.weight"].shape
+    return shape[::-1] if is_table(layer) else shape
 
 
 def open_toy(config: Config, shared: Shared, index: int | None = None, on_step: OnStep | None = None) -> ToyWorker:

@@ -69,7 +69,8 @@ class FFALoRA(Method):
 
     def init(self, base: BaseModel, seed: int) -> Tensors:
         """Draws A_0 from the run's seed; B is zero."""
-        return averaging.drawn(base, self.target_modules, self.rank, self.dtype, seed)
+        why = "The A of an embedding begins at zero, and would stay there: choose a method that trains A"
+        return averaging.drawn(base, self.target_modules, self.rank, self.dtype, seed, why)
 
     def admit(self, member: Member) -> Member:
         """Takes only clients of the shared rank and alpha."""

@@ -15,7 +15,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from fedtune import averaging, lowrank
-from fedtune.lora import LoraSpec, key_a, key_b, layers_of, lora_scale, save_product
+from fedtune.lora import LoraSpec, is_table, key_a, key_b, layers_of, lora_scale, save_product
 from fedtune.method import BaseModel, ClientJob, Member, Method
 from fedtune.tensors import Array, Manifest, Tensors
 
@@ -62,7 +62,10 @@ class FlexLoRA(Method):
         return {**(total or {}), member.id: (member, weight, update)}
 
     def finish(self, state: Tensors, total: Fold, weight: int) -> Tensors:
-        """Decomposes the weighted sum of products; rows of A for which it has no component stay, with B zero."""
+        """Decomposes the weighted sum of products; rows of A for which it has no component stay, with B zero.
+
+        Of an embedding it is the other way round.
+        """
         replies = [total[client] for client in sorted(total)]
         after: dict[str, Array] = {}
         for layer in layers_of(state):
@@ -70,7 +73,8 @@ class FlexLoRA(Method):
             b_or = np.concatenate([u[key_b(layer)] for _, _, u in replies], axis=1)
             best = lowrank.recompress(np.concatenate(scaled), b_or, rank=self.rank)
             root, kept = np.sqrt(best.singular), len(best.singular)
-            a, b = state[key_a(layer)].copy(), np.zeros_like(state[key_b(layer)])
+            a, b = state[key_a(layer)].copy(), state[key_b(layer)].copy()
+            (a if is_table(layer) else b)[:] = 0  # as in the first draw: the product is zero, and can be learned
             a[:kept], b[:, :kept] = best.a_ri / root[:, None], best.b_or * root
             after[key_a(layer)], after[key_b(layer)] = a, b
         return after

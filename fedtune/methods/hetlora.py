@@ -149,7 +149,7 @@ class HetLoRA(Method):
 
 
 def _rank_of(update: Tensors) -> int:
-    return update[key_a(layers_of(update)[0])].shape[0]
+    return int(update[key_a(layers_of(update)[0])].shape[0])
 
 
 def _tail(factors: Tensors, start: int) -> float:

@@ -48,7 +48,8 @@ class RoLoRA(Method):
 
     def init(self, base: BaseModel, seed: int) -> Tensors:
         """Draws A from `seed`; B is zero."""
-        adapter = averaging.drawn(base, self.target_modules, self.rank, self.dtype, seed)
+        why = "The A of an embedding begins at zero, so that the first round would train a B that counts for nothing"
+        adapter = averaging.drawn(base, self.target_modules, self.rank, self.dtype, seed, why)
         return {"turn": np.array([0], np.int64), **adapter}
 
     def admit(self, member: Member) -> Member:

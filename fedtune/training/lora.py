@@ -1,6 +1,7 @@
 """LoRA on a torch model: put an adapter in through PEFT, read its factors, take it out, merge factors into a base.
 
-Shapes: R rank, I input features, O output features; A_RI, B_OR. Linear weights are O x I, Conv1D weights I x O.
+Shapes: R rank, I input features, O output features; A_RI, B_OR. Linear weights are O x I, those of Conv1D and of
+embeddings (whose I is the number of tokens) I x O.
 """
 
 from collections.abc import Collection, Iterator
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ModelError, problem
-from fedtune.lora import LoraSpec, kaiming_uniform, key_a, key_b, layers_of
+from fedtune.lora import LoraSpec, first_factors, is_table, key_a, key_b, layers_of
 from fedtune.method import Tail
 from fedtune.tensors import Array, Tensors
 
@@ -79,13 +80,12 @@ def injected(
 
 
 def fresh_factors(model: PreTrainedModel, spec: LoraSpec, seed: int) -> dict[str, Array]:
-    """Draws A of every layer, in the order of `spec.layers`, from `seed`; B is zero. float32."""
+    """Draws factors of every layer, in the order of `spec.layers`, from `seed`; all products are zero. float32."""
     rng = np.random.Generator(np.random.Philox(key=seed))
     factors: dict[str, Array] = {}
     for layer in spec.layers:
         inputs, outputs = features(linear(model, layer))
-        factors[key_a(layer)] = kaiming_uniform(rng, spec.rank, inputs)
-        factors[key_b(layer)] = np.zeros((outputs, spec.rank), np.float32)
+        factors[key_a(layer)], factors[key_b(layer)] = first_factors(rng, layer, spec.rank, inputs, outputs)
     return factors
 
 
@@ -94,22 +94,23 @@ def change(module: nn.Module, a_ri: Array, b_or: Array) -> torch.Tensor:
     device = module.get_parameter("weight").device
     a = torch.from_numpy(a_ri.astype(np.float32)).to(device)
     b = torch.from_numpy(b_or.astype(np.float32)).to(device)
-    return a.T @ b.T if isinstance(module, Conv1D) else b @ a
+    return a.T @ b.T if isinstance(module, Conv1D | nn.Embedding) else b @ a
 
 
 def linear(model: PreTrainedModel, layer: str) -> nn.Module:
-    """Finds a linear layer by its dotted name; raises ModelError when there is none."""
+    """Finds a linear layer, or an embedding, by its dotted name; raises ModelError when there is none."""
     try:
         module: nn.Module = model.get_submodule(layer)
     except AttributeError as error:
         raise ModelError(problem("layer", f"one of {type(model).__name__}", layer)) from error
-    if not isinstance(module, nn.Linear | Conv1D):
-        raise ModelError(problem(f"layer {layer}", "a linear layer", type(module).__name__))
+    want = "an embedding" if is_table(layer) else "a linear layer"
+    if not isinstance(module, nn.Embedding if is_table(layer) else nn.Linear | Conv1D):
+        raise ModelError(problem(f"layer {layer}", want, type(module).__name__))
     return module
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """Input and output features (I, O) of a linear layer."""
+    """Input and output features (I, O) of a layer."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features  # a quantised weight has another shape
     rows, columns = module.get_parameter("weight").shape
@@ -141,8 +142,9 @@ def _load(model: PreTrainedModel, spec: LoraSpec, factors: Tensors, frozen: Coll
     """Sets the adapter's weights, float32 whatever the base is, and makes trainable what is not frozen."""
     weights: dict[str, nn.Parameter] = {}
     for layer in spec.layers:
-        for key, side in ((key_a(layer), "lora_A"), (key_b(layer), "lora_B")):
-            weight = model.get_submodule(f"{layer}.{side}.{_NAME}").get_parameter("weight")
+        for key, side in ((key_a(layer), "A"), (key_b(layer), "B")):
+            place = f"lora_embedding_{side}.{_NAME}" if is_table(layer) else f"lora_{side}.{_NAME}.weight"
+            weight = model.get_parameter(f"{layer}.{place}")
             weight.data = torch.from_numpy(factors[key].astype(np.float32)).to(weight.device)
-            weights[key] = weight.requires_grad_(side[-1] not in frozen)
+            weights[key] = weight.requires_grad_(side not in frozen)
     return weights

@@ -22,12 +22,17 @@ class MergedBase:
     Nothing is merged into a quantised weight (integers, or floats of one byte), which would round the change away: the
     factors stay beside it, and their product with the layer's input is added to its output.
 
+    An embedding whose table is the output head as well is untied by merging: an adapter changes what goes in, and so
+    does the merged model, alone.
+
     Attributes:
         model: the model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self._tied = bool(getattr(model.config, "tie_word_embeddings", False))
+        self._shared: dict[str, nn.Parameter] = {}
         self._original: dict[str, torch.Tensor] = {}
         self._exact: dict[str, torch.Tensor] = {}
         self._beside: dict[str, _Beside] = {}
@@ -49,9 +54,12 @@ class MergedBase:
         """Puts the original weights back, bit for bit."""
         for layer, weight in self._original.items():
             linear(self.model, layer).get_parameter("weight").data = weight
+        for layer, shared in self._shared.items():
+            linear(self.model, layer).register_parameter("weight", shared)
+            self.model.config.tie_word_embeddings = self._tied
         for beside in self._beside.values():
             beside.hook.remove()
-        self._original, self._exact, self._beside = {}, {}, {}
+        self._original, self._exact, self._beside, self._shared = {}, {}, {}, {}
 
     def _add(self, layer: str, module: nn.Module, factors: Tensors) -> None:
         weight = module.get_parameter("weight")
@@ -60,6 +68,11 @@ class MergedBase:
                 self._beside[layer] = _Beside(module)
             self._beside[layer].add(factors[key_a(layer)], factors[key_b(layer)])
             return
+        if isinstance(module, nn.Embedding) and layer not in self._shared:
+            self._shared[layer] = weight
+            weight = nn.Parameter(weight.data, requires_grad=False)
+            module.register_parameter("weight", weight)
+            self.model.config.tie_word_embeddings = False
         self._original.setdefault(layer, weight.data)
         start = self._exact.get(layer, weight.data)
         total = start.float() + change(module, factors[key_a(layer)], factors[key_b(layer)])
@@ -89,6 +102,7 @@ class _Beside:
         self._pairs.append((a, b))
 
     def _added(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        x = inputs[0].float()
-        change = torch.stack([x @ a.T @ b.T for a, b in self._pairs]).sum(0)
+        table = isinstance(module, nn.Embedding)
+        down = [a.T[inputs[0]] if table else inputs[0].float() @ a.T for a, _ in self._pairs]
+        change = torch.stack([x @ b.T for x, (_, b) in zip(down, self._pairs, strict=True)]).sum(0)
         return output + change.to(output.dtype)

@@ -27,6 +27,12 @@ def test_the_last_blocks_carry_it(count, each, depth, random):
     assert [len(block) for block in blocks(layers)] == [each] * count
 
 
+def test_an_embedding_is_in_the_first_block_and_a_head_in_the_last():
+    layers = ["lm_head", "model.embed_tokens", "model.layers.3.q", "model.layers.4.q"]
+    assert blocks(layers) == [["model.embed_tokens", "model.layers.3.q"], ["lm_head", "model.layers.4.q"]]
+    assert layers_of(carried(factors(layers), 1)) == ["lm_head", "model.layers.4.q"]
+
+
 def test_blocks_are_in_the_order_of_their_numbers():
     assert blocks(["h.10.c_attn", "h.9.c_attn", "h.9.c_fc", "h.2.c_attn"]) == [
         ["h.2.c_attn"], ["h.9.c_attn", "h.9.c_fc"], ["h.10.c_attn"],

@@ -13,7 +13,9 @@ from fedtune.lora import (
     ALL_LINEAR,
     Layer,
     LoraSpec,
+    factor_name,
     find_layers,
+    is_table,
     kaiming_uniform,
     key_a,
     key_b,
@@ -224,13 +226,54 @@ def test_error_codes_are_distinct():
     assert 0 not in codes
 
 
-@pytest.mark.parametrize("target", ["embed_tokens", "model.embed_tokens", "wte", "wpe"])
-def test_an_embedding_is_refused_with_the_reason(target):
-    names = ("model.embed_tokens", "transformer.wte", "transformer.wpe", "model.layers.0.self_attn.q_proj")
-    base = Manifest(tuple(TensorSpec(f"{name}.weight", (8, 4), "float32") for name in names))
-    with pytest.raises(ConfigError, match=r"method\.target_modules: expected linear layers.*output head"):
-        find_layers(base, (target,))
-    assert [layer.name for layer in find_layers(base, ("all-linear",))] == [names[3]]
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_embedding_is_a_layer_whose_inputs_are_its_tokens(transposed):
+    """Its weight is tokens x width whether linear weights are I x O or O x I; an output head is linear in any case."""
+    base = _manifest(transformer__wte__weight=(50, 8), transformer__wpe__weight=(9, 8), lm_head__weight=(50, 8))
+    found = find_layers(base, ("wte", "wpe", "lm_head"), transposed)
+    assert found == [Layer("transformer.wte", 50, 8), Layer("transformer.wpe", 9, 8), Layer("lm_head", 8, 50)]
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "model.embed_tokens"])
+def test_an_embedding_is_refused_with_the_reason_where_there_is_one(target):
+    with pytest.raises(ConfigError, match=r"target_modules: expected linear layers, got model.embed_tokens. Because"):
+        find_layers(LLAMA, ("q_proj", target), no_tables="Because")
+    assert find_layers(LLAMA, ("q_proj",), no_tables="Because")
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("model.embed_tokens", True),
+        ("transformer.wte", True),
+        ("gpt_neox.embed_in", True),
+        ("shared", True),
+        ("embed_out", False),
+        ("lm_head", False),
+        ("model.layers.0.mlp.shared_expert_gate", False),
+        ("model.embed.q_proj", False),
+    ],
+)
+def test_embeddings_are_known_by_the_last_part_of_their_names(name, table):
+    assert is_table(name) == table
+
+
+def test_an_embedding_has_the_names_that_peft_gives_it(tmp_path):
+    rng = np.random.Generator(np.random.Philox(key=3))
+    factors = _factors(rng, ("m.embed_tokens", 2, 9, 4), ("m.q_proj", 2, 4, 4))
+    save_peft(tmp_path, factors, rank=2, alpha=4.0)
+    with safe_open(tmp_path / "adapter_model.safetensors", "numpy") as stored:
+        assert sorted(stored.keys()) == [
+            "base_model.model.m.embed_tokens.lora_embedding_A",
+            "base_model.model.m.embed_tokens.lora_embedding_B",
+            "base_model.model.m.q_proj.lora_A.weight",
+            "base_model.model.m.q_proj.lora_B.weight",
+        ]
+        assert {factor_name(name) for name in stored.keys()} == set(factors)  # noqa: SIM118  # no mapping
+    back = load_peft(tmp_path)
+    assert set(back) == set(factors)
+    assert np.array_equal(back["m.embed_tokens/A"], 2 * factors["m.embed_tokens/A"])
+    assert np.array_equal(back["m.embed_tokens/B"], factors["m.embed_tokens/B"])
 
 
 def test_a_product_of_mixed_ranks_comes_back_as_it_was(tmp_path):

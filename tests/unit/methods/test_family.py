@@ -6,13 +6,13 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from fedtune.errors import ProtocolError, WireError
+from fedtune.errors import ConfigError, ProtocolError, WireError
 from fedtune.history import is_past
 from fedtune.lora import key_a, load_peft
-from fedtune.method import Member
+from fedtune.method import BaseModel, Member
 from fedtune.methods import METHODS
 from fedtune.rounds import Replica, Round
-from fedtune.tensors import DTYPES, digest
+from fedtune.tensors import DTYPES, Manifest, TensorSpec, digest
 from fedtune.testing import ToyWorker
 
 LORA = sorted(METHODS.keys() - {"fedkseed", "fedavg"})
@@ -144,3 +144,58 @@ def test_names_in_a_configuration_are_for_ever():
         )
         == LORA
     )
+
+
+TABLE = "m.embed_tokens"
+
+
+def _with_table(family, method):
+    specs = (TensorSpec(f"{TABLE}.weight", (30, 6), "float32"), TensorSpec("m.0.q_proj.weight", (5, 6), "float32"))
+    return family.state(method, BaseModel("toy", Manifest(specs), "digest"))
+
+
+@pytest.mark.parametrize("name", ["fedex-lora", "flexlora", "flora", "florist"])
+def test_embeddings_are_averaged_exactly(name, family):
+    """A is of (r, tokens) and B of (width, r), so the change of the table, tokens x width, is (B A)'.
+
+    What is decomposed is kept in float32.
+    """
+    options = {"energy": 1.0} if name == "florist" else {}
+    method = METHODS[name](rank=6, target_modules=("embed_tokens", "q_proj"), **options)
+    state = _with_table(family, method)
+    replies = family.replies(method, state, _ranks(method) if name in MIXED else [(0, 0, 7), (0, 0, 2)])
+    after = family.close(method, state, replies)
+    rounds = {n[7:]: a for n, a in after.items() if n.startswith("000001")}
+    adapter = {n: a for n, a in after.items() if not is_past(n)}
+    scale = method._scale if name == "fedex-lora" else 1.0
+    for layer in (TABLE, "m.0.q_proj"):
+        want = family.mean_product(method, replies, layer).T
+        got = (family.product(rounds, layer).T if rounds else 0) + (
+            scale * family.product(adapter, layer).T if adapter else 0
+        )
+        assert got.shape == ((30, 6) if layer == TABLE else (6, 5))
+        assert np.abs(got - want).max() <= (1e-12 if name == "flora" else 1e-6) * np.abs(want).max()
+
+
+def test_embeddings_begin_as_peft_draws_them(family, method):
+    method = type(method)(rank=3, target_modules=("embed_tokens",))
+    if method.name in ("ffa-lora", "rolora"):
+        with pytest.raises(ConfigError, match=r"got m.embed_tokens. The A of an embedding begins at zero"):
+            _with_table(family, method)
+        return
+    state = _with_table(family, method)
+    if method.name in ("flora", "florist"):
+        return  # each client draws its own
+    assert not state[f"{TABLE}/A"].any()
+    assert method.name == "fedsa-lora" or 0.5 < state[f"{TABLE}/B"].std() < 1.5
+
+
+def test_what_flexlora_has_no_component_for_can_still_be_learned(family):
+    """One client of rank 1 in a run of rank 3: A or B of the other components is not zero, their product is."""
+    method = METHODS["flexlora"](rank=3, target_modules=("embed_tokens", "q_proj"))
+    state = _with_table(family, method)
+    after = family.close(method, state, family.replies(method, state, [(1, 0, 1)]))
+    assert not after[f"{TABLE}/A"][1:].any()
+    assert np.array_equal(after[f"{TABLE}/B"][:, 1:], state[f"{TABLE}/B"][:, 1:])
+    assert np.array_equal(after["m.0.q_proj/A"][1:], state["m.0.q_proj/A"][1:])
+    assert not after["m.0.q_proj/B"][:, 1:].any()
