@@ -13,7 +13,7 @@ Version 1. LEB128 numbers, little-endian values; "in order" is the manifest's or
     values     tensors of an integer dtype as they are, in order
 
 Each section takes its tensors from the lowest share kept to the highest (equal shares in order), so that Huffman codes,
-which DEFLATE renews where it pays, meet one density at a time; bits fill bytes from the lowest, without stopping between
+which are renewed where it pays, meet one density at a time; bits fill bytes from the lowest, without stopping between
 tensors. A section whose tensors keep nothing is left out. A payload must be used up exactly; unused bits and trits are
 0. Any raw DEFLATE stream of the right bytes is read: which one is written (`deflate.py`) is no part of the format.
 """
