@@ -32,7 +32,7 @@ class Sum:
         members: ids of the clients.
         weight: sum of their weights.
         scalars: sum of weight * scalar in `UNIT`, Python integers (K,).
-        sizes: sum of |g|, each at most `HISTORY_CLIP`, in `HISTORY_UNIT` (K,).
+        sizes: sum of |g|, each at most `HISTORY_CLIP`, in `HISTORY_UNIT` (K,); it stops at 2**62.
         counts: number of scalars (K,).
         clipped: ids of those whose K-vector was scaled down.
     """
@@ -74,8 +74,8 @@ class Sum:
             self.members | other.members,
             self.weight + other.weight,
             self.scalars + other.scalars,
-            self.sizes + other.sizes,
-            self.counts + other.counts,
+            counted(self.sizes, other.sizes),
+            counted(self.counts, other.counts),
             self.clipped | other.clipped,
         )
 
@@ -92,6 +92,12 @@ def accumulated(before: Longs, mean: Longs) -> Longs:
     """
     after: Longs = np.clip(before + mean, -_MOST, _MOST)
     return after
+
+
+def counted(one: Longs, other: Longs) -> Longs:
+    """Adds sums of what is never negative, each at most 2**62; a total stops there, in any order of adding."""
+    total: Longs = np.minimum(one, _MOST - other) + other
+    return total
 
 
 def trusted(replies: Mapping[str, Sum], byzantine: int) -> dict[str, Sum]:

@@ -30,7 +30,19 @@ from safetensors.numpy import save_file
 from fedtune.agreement import Total, folded, judged
 from fedtune.directions import Pool
 from fedtune.errors import ProtocolError, problem
-from fedtune.kspace import LIMIT, UNIT, Longs, Sum, accumulated, check_pairs, levels, packed, probabilities, unpacked
+from fedtune.kspace import (
+    LIMIT,
+    UNIT,
+    Longs,
+    Sum,
+    accumulated,
+    check_pairs,
+    counted,
+    levels,
+    packed,
+    probabilities,
+    unpacked,
+)
 from fedtune.lora import LoraSpec, find_layers
 from fedtune.method import BaseModel, ClientJob, Member, Method, Part, ZeroOrder
 from fedtune.tensors import PRIVATE, Array, Manifest, Tensors, TensorSpec
@@ -158,7 +170,7 @@ class FedKSeed(Method):
         after |= {"model": np.frombuffer(verdict.model, np.uint8), _TOTAL: scalars}
         now = np.zeros(self.seeds, np.int64)
         if self.pro:
-            after[_SIZES], after[_COUNTS] = state[_SIZES] + used.sizes, state[_COUNTS] + used.counts
+            after[_SIZES], after[_COUNTS] = counted(state[_SIZES], used.sizes), counted(state[_COUNTS], used.counts)
             now = levels(after[_SIZES], after[_COUNTS])
         return {**after, **self._public(scalars, now)}
 

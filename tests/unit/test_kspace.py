@@ -1,6 +1,7 @@
 """Sums by seed, clipping and multi-Krum on K-vectors, against the same written as loops."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import RoundError
-from fedtune.kspace import UNIT, Sum, joined, packed, trusted, unpacked
+from fedtune.kspace import UNIT, Sum, counted, joined, levels, packed, probabilities, trusted, unpacked
 
 K = 16
 
@@ -70,6 +71,24 @@ def test_joining_adds_everything():
     assert (total.members, total.weight) == ({"a", "b"}, 4)
     assert (total.mean() * UNIT)[:3].tolist() == [0, 3, 4]
     assert total.counts[:3].tolist() == [0, 4, 2]
+
+
+@given(st.lists(st.integers(0, 2**62), min_size=1, max_size=5))
+def test_histories_stop_at_their_limit_in_any_order(numbers):
+    want = min(sum(numbers), 2**62)
+    for order in itertools.permutations(numbers):
+        total = np.zeros(1, np.int64)
+        for number in order:
+            total = counted(total, np.array([number]))
+        assert total[0] == want
+
+
+def test_a_history_at_its_limit_does_not_wrap_around():
+    full = replace(_sum("a", [1], [1.0]), sizes=np.full(K, 2**62), counts=np.full(K, 2**40))
+    both = full.plus(replace(full, members=frozenset("b")))
+    assert (both.sizes == 2**62).all()
+    assert (both.counts == 2**41).all()
+    assert probabilities(levels(both.sizes, both.counts)).sum() == pytest.approx(1)
 
 
 @given(st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=50))

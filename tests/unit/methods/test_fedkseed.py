@@ -194,6 +194,14 @@ def test_pro_prefers_seeds_whose_scalars_were_large(base):
     assert np.abs(p - want / want.sum()).max() < 0.005 * p.min()
 
 
+def test_a_history_at_its_limit_stays_there(base):
+    method = FedKSeed(**SMALL, pro=True)
+    state = {**method.init(base, 1), PRIVATE + "sizes": np.full(24, 2**62)}
+    after = _close(method, state, [(_update(method, [0], [1e3]), 1)])
+    assert (after[PRIVATE + "sizes"] == 2**62).all()
+    assert after[PRIVATE + "counts"].tolist() == [1] + [0] * 23
+
+
 def test_equal_histories_give_equal_chances():
     assert np.allclose(probabilities(levels(np.full(5, 77), np.full(5, 3))), 0.2)
 
