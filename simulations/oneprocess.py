@@ -94,10 +94,16 @@ def evaluator(data: DataConfig, seed: int, model: ModelConfig, length: int, devi
     )
 
 
+@cache
+def base_figures(*evaluated: Any) -> dict[str, float]:
+    """Held-out figures of the base: the same for all arms."""
+    return evaluator(*evaluated).base()
+
+
 def measure(config: Config, folder: Path | None) -> dict[str, float]:
     """Held-out figures of an adapter, or of the base."""
-    found = evaluator(config.data, config.run.seed, config.model, config.training.max_length, config.client.device)
-    return found.base() if folder is None else found.adapter(folder)
+    evaluated = config.data, config.run.seed, config.model, config.training.max_length, config.client.device
+    return base_figures(*evaluated) if folder is None else evaluator(*evaluated).adapter(folder)
 
 
 def worker(config: Config, index: int) -> TorchWorker:
