@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from fedtune.directions import KINDS, Coefficients, Pool
 from fedtune.directions.pool import Kind
-from fedtune.errors import ModelError, TrainingError, problem
+from fedtune.errors import ConfigError, ModelError, TrainingError, problem
 from fedtune.kspace import LIMIT, unpacked
 from fedtune.method import Part, ZeroOrder
 from fedtune.methods.fedkseed import FILE
@@ -39,7 +39,14 @@ _FAR = (1e-2, -1e-2)  # far enough for a loss to show
 
 
 def seeded(model: PreTrainedModel, part: Part, low_memory: bool = False) -> Seeded:
-    """Returns what of a model a seed method tunes; with `low_memory`, without a copy of its weights."""
+    """Returns what of a model a seed method tunes; with `low_memory`, without a copy of its weights.
+
+    Raises:
+        ConfigError: the model is on a device without float64, in which a rebuild is rounded.
+    """
+    if model.device.type == "mps":
+        remedy = "Apple's GPUs have no float64, and a rebuild without it would give other bits than everyone else's"
+        raise ConfigError(problem("client.device", "cpu or cuda for a seed method", model.device, remedy))
     if part.lora:
         return SeedAdapter(model, part.lora, part.seed)
     density = part.density if part.kind == "sparse" else None

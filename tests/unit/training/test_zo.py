@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ transformers = pytest.importorskip("transformers")
 
 from fedtune.config.schema import TrainingConfig  # noqa: E402  # after the check for torch
 from fedtune.directions import TILE, Pool, layout, portable, reference  # noqa: E402
-from fedtune.errors import ModelError, TrainingError  # noqa: E402
+from fedtune.errors import ConfigError, ModelError, TrainingError  # noqa: E402
 from fedtune.kspace import unpacked  # noqa: E402
 from fedtune.lora import LoraSpec  # noqa: E402
-from fedtune.method import BaseModel, Member, ZeroOrder  # noqa: E402
+from fedtune.method import BaseModel, Member, Part, ZeroOrder  # noqa: E402
 from fedtune.methods.fedkseed import FILE, FedKSeed  # noqa: E402
 from fedtune.tensors import Manifest  # noqa: E402
 from fedtune.training import seeded as built  # noqa: E402
@@ -359,3 +360,9 @@ def test_tokens_are_the_same_in_a_batch_laid_out_twice():
     with torch.no_grad():
         assert torch.allclose(scorer(batch.repeated(3)).view(3, -1), scorer(batch).expand(3, -1), rtol=1e-5)
     assert batch.repeated(3).rows.tolist() == batch.rows.tolist() * 3
+
+
+def test_a_device_without_float64_is_refused_with_the_reason():
+    elsewhere = SimpleNamespace(device=torch.device("mps"))
+    with pytest.raises(ConfigError, match=r"client\.device: expected cpu or cuda .* got mps.*no float64"):
+        zo.seeded(elsewhere, Part())
