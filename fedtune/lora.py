@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from fedtune.errors import ConfigError, ModelError, problem
 from fedtune.tensors import Array, Manifest, Tensors
+from fedtune.weights import save_weights
 
 ALL_LINEAR = "all-linear"
 _FACTOR = re.compile(r"\.lora_(embedding_[AB]|[AB]\.weight)$")
@@ -188,9 +189,9 @@ def save_peft(
     layers = [layer for layer in layers_of(factors) if factors[key_a(layer)].size and factors[key_b(layer)].size]
     ranks = {layer: int(factors[key_a(layer)].shape[0]) for layer in layers}
     names = [key for layer in layers for key in (key_a(layer), key_b(layer))]
-    tensors = {peft_name(name): np.ascontiguousarray(factors[name]) for name in names}
+    tensors = {peft_name(name): factors[name] for name in names}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_weights(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -7,6 +7,7 @@ import typer
 
 from fedtune.cli.console import err, figure, out
 from fedtune.cli.options import ConfigPath, Json, Sets
+from fedtune.errors import ModelError, problem
 
 if TYPE_CHECKING:
     from fedtune.config import Config
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 def evaluate(
     config: ConfigPath,
     adapter: Annotated[
-        list[Path] | None, typer.Option(help="PEFT adapter folder or run folder to measure; may be given often.")
+        list[Path] | None, typer.Option(help="Run folder, PEFT or compressed adapter folder; may be given often.")
     ] = None,
     base: Annotated[bool, typer.Option("--base/--no-base", help="Measure the base model too.")] = True,
     set_: Sets = None,
@@ -37,6 +38,8 @@ def evaluate(
     adapters = {str(path): find_adapter(path) for path in adapter or ()}
     with storage(loaded.run.folder):
         prepare(loaded)
+        for path, folder in adapters.items():
+            _check_fit(loaded, path, folder)
         results = _measure(loaded, adapters, base)
     if json:
         out.print_json(data=results)
@@ -44,7 +47,31 @@ def evaluate(
         _print(results)
 
 
+def _check_fit(config: "Config", path: str, adapter: Path) -> None:
+    """Raises ModelError for a PEFT adapter of another model, before one is loaded."""
+    from fedtune.base import open_base
+    from fedtune.cli.export import base_of, is_change, is_seeds
+    from fedtune.locate import locate_model
+    from fedtune.lora import key_a, key_b, layers_of, load_peft
+
+    if is_seeds(adapter) or is_change(adapter):
+        return
+    factors = load_peft(adapter)
+    base = open_base(locate_model(config.model.name, config.model.revision))
+    shapes = {spec.name.removesuffix(".weight"): spec for spec in base.weights.specs if "float" in spec.dtype}
+    layers = layers_of(factors)
+    sides = {layer: (factors[key_b(layer)].shape[0], factors[key_a(layer)].shape[1]) for layer in layers}
+    odd = [n for n in layers if n in shapes and sorted(shapes[n].shape) != sorted(sides[n])]
+    if layers and (odd or not any(n in shapes for n in layers)):  # a tied head is not among the weights
+        layer = (odd or layers)[0]
+        got = f"one of {base_of(adapter) or 'another'}: {layer} of {sides[layer][0]} x {sides[layer][1]}"
+        raise ModelError(
+            problem(f"--adapter {path}", f"an adapter of {config.model.name}", got, "--set model.name=BASE")
+        )
+
+
 def _measure(config: "Config", adapters: dict[str, Path], base: bool) -> dict[str, dict[str, float]]:
+    from fedtune.compressed import plain
     from fedtune.training.evaluate import Evaluator
 
     results: dict[str, dict[str, float]] = {}
@@ -53,7 +80,8 @@ def _measure(config: "Config", adapters: dict[str, Path], base: bool) -> dict[st
         if base:
             results["base"] = evaluator.base()
         for name, folder in adapters.items():
-            results[name] = evaluator.adapter(folder)
+            with plain(folder) as opened:
+                results[name] = evaluator.adapter(opened)
     return results
 
 

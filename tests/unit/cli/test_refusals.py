@@ -4,12 +4,15 @@ import errno
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedtune.cli.heldout import HeldOut
 from fedtune.cli.prepare import prepare
 from fedtune.config import load, parse
 from fedtune.errors import ConfigError, DataError, ProtocolError
+from fedtune.lora import save_peft
+from fedtune.testing import toy_base
 from fedtune.training import data as training_data
 
 
@@ -160,3 +163,34 @@ def test_a_counts_error_names_both_keys():
     with pytest.raises(ConfigError, match=r"(?s)rounds\.clients.*rounds\.min_clients"):
         check_counts(parse({"rounds": {"clients": 5, "min_clients": 6}}))
     check_counts(parse({"rounds": {"clients": 4, "min_clients": 4}}))
+
+
+@pytest.mark.parametrize(("layer", "inputs"), [("model.layers.0.self_attn.q_proj", 24), ("elsewhere.q_proj", 16)])
+def test_an_adapter_of_another_model_is_refused_before_a_model_is_loaded(
+    fedtune, config, tmp_path, monkeypatch, layer, inputs
+):
+    def opened(*_: object) -> None:
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr("fedtune.training.evaluate.Evaluator.open", opened)
+    base = toy_base(tmp_path / "base")
+    factors = {f"{layer}/A": np.ones((2, inputs), np.float32), f"{layer}/B": np.ones((16, 2), np.float32)}
+    save_peft(tmp_path / "adapter", factors, rank=2, alpha=4, base_model="org/wide")
+    ended = fedtune("evaluate", config, "--set", f"model.name={base}", "--adapter", tmp_path / "adapter")
+    assert ended.code == 4
+    said = " ".join(ended.err.split())
+    assert f"expected an adapter of {base}, got one of org/wide: {layer} of 16 x {inputs}" in said
+
+
+def test_an_adapter_of_this_model_is_measured_though_its_head_is_not_among_the_weights(
+    fedtune, config, tmp_path, monkeypatch
+):
+    def opened(*_: object) -> None:
+        raise DataError("measuring began")
+
+    monkeypatch.setattr("fedtune.training.evaluate.Evaluator.open", opened)
+    base, names = toy_base(tmp_path / "base"), ("model.layers.0.self_attn.q_proj", "lm_head")
+    factors = {f"{n}/{side}": np.ones((2, 16) if side == "A" else (16, 2), np.float32) for n in names for side in "AB"}
+    save_peft(tmp_path / "adapter", factors, rank=2, alpha=4)
+    ended = fedtune("evaluate", config, "--set", f"model.name={base}", "--adapter", tmp_path / "adapter")
+    assert "measuring began" in ended.err

@@ -40,6 +40,21 @@ def test_another_report_is_no_reason(tmp_path, content):
 
 
 @pytest.mark.parametrize("refuse", [refuse_centralised, refuse_federated])
+def test_a_folder_with_something_else_is_refused(tmp_path, refuse):
+    for name in (".hidden", "lost+found"):
+        (tmp_path / name).mkdir()
+    refuse(tmp_path)
+    for name in ("thesis.tex", "photos", "b", "c"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(
+        ConfigError, match=r"expected a new or empty folder, or a run's, got one with b, c, photos, \.\.\."
+    ):
+        refuse(tmp_path)
+    (tmp_path / "coordinator.log").touch()  # a run that has just begun
+    refuse(tmp_path)
+
+
+@pytest.mark.parametrize("refuse", [refuse_centralised, refuse_federated])
 def test_a_file_is_no_folder(tmp_path, refuse):
     (tmp_path / "run").touch()
     with pytest.raises(StorageError, match=r"run: .*run\.folder"):
