@@ -96,9 +96,20 @@ KEEPING = "fedavg-lora by ternary"
 """A method whose clients keep something between rounds."""
 
 
+SEEDED = {
+    "fedkseed by adapter": {"train": "lora", "rank": 2, "optimizer": "sign"},
+    "fedkseed by sparse pro": {"train": "sparse", "pro": True, "pool": "rademacher", "directions": 2, "clip_norm": 1.0},
+    "fedkseed by conservative": {"optimizer": "conservative", "loss_clip": 10.0, "draws": "shared"},
+    "fedkseed by krum": {"krum_byzantine": 1, "clip_norm": 50.0},
+}
+"""What FedKSeed may be told; Krum needs five nodes."""
+
+
 def options(method):
     name, _, codec = method.partition(" by ")
-    own = {"fedkseed": {"steps": 5}, "fedavg": {}}.get(name, {"rank": 2})
+    if name == "fedkseed":
+        return {"name": name, "seeds": 128, "steps": 5, "learning_rate": 1e-4, "eps": 1e-2, **SEEDED.get(method, {})}
+    own = {} if name == "fedavg" else {"rank": 2}
     return {"name": name, **own, **({"uplink": {"codec": codec, "density": 0.1, "feedback": True}} if codec else {})}
 
 

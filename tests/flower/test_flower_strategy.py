@@ -12,7 +12,7 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedtune[
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
-from loop_grid import KEEPING, LoopGrid, changed, events, fixed
+from loop_grid import KEEPING, SEEDED, LoopGrid, changed, events, fixed
 
 from fedtune.base import open_base
 from fedtune.config import Shared
@@ -31,12 +31,14 @@ from fedtune.testing import open_toy, toy_base
 from fedtune.wire.v1 import coordinator_pb2 as pb
 
 
-@pytest.mark.parametrize("method", [*sorted(METHODS), KEEPING])
+@pytest.mark.parametrize("method", [*sorted(METHODS), KEEPING, *SEEDED])
 @pytest.mark.parametrize("resident", [True, False])
 def test_same_bits_as_the_plain_loop(made, simulated, method, resident):
-    config, grid, strategy, flat = made(method=method, resident=resident)
+    nodes = 5 if "krum" in method else 3
+    config, grid, strategy, flat = made(method=method, resident=resident, nodes=nodes, min_clients=nodes)
     strategy.start(grid)
-    want = simulated({k: v for k, v in flat.items() if k != "simulation.clients"}, 3)
+    want = simulated({k: v for k, v in flat.items() if k != "simulation.clients"}, nodes)
+    assert len(set(want)) == 3
     assert [e["digest"] for e in events(config, "round_closed")] == want
     assert strategy.digest == want[-1]
 
