@@ -129,6 +129,7 @@ class TrainingConfig:
         batch_size: sequences a step.
         accumulate: parts a batch is cut into, to save memory.
         learning_rate, weight_decay, betas, clip_norm: of AdamW; `clip_norm` 0 means no clipping.
+        lora_plus: LoRA+: an adapter's B takes this many times the learning rate, its A the learning rate itself.
         prox_mu: FedProx: adds mu/2 |w - w0|^2 to the loss, w0 being where the trained factors began this round; 0 is
             none.
         schedule: `constant`, or `cosine` down to zero within a round.
@@ -147,6 +148,7 @@ class TrainingConfig:
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip_norm: float = Field(default=1.0, ge=0)
+    lora_plus: float = Field(default=1.0, gt=0)
     prox_mu: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)

@@ -71,8 +71,8 @@ def fit_adapter(
     with injected(bench.scorer.model, spec, factors, frozen) as adapter:
         before, own_before = adapter.factors(), _own(bench, "_before")
         penalty = partial(adapter.penalty, tail) if tail else None
-        batches = bench.plan().batches(seed)
-        metrics = train(bench.scorer, adapter.trained(), batches, bench.config, seed, bench.on_step, penalty)
+        batches, outer = bench.plan().batches(seed), [w for name, w in adapter.weights.items() if name.endswith("/B")]
+        metrics = train(bench.scorer, adapter.trained(), batches, bench.config, seed, bench.on_step, penalty, outer)
         metrics |= own_before | _own(bench)
         after = adapter.factors()
     _check(before, after)

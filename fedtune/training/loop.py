@@ -23,6 +23,7 @@ def train(
     seed: int,
     on_step: OnStep | None = None,
     penalty: Callable[[], torch.Tensor] | None = None,
+    faster: Iterable[nn.Parameter] = (),
 ) -> dict[str, float]:
     """Trains `weights` in place with AdamW.
 
@@ -38,6 +39,7 @@ def train(
         seed: of dropout. The process's own random state is left as it was.
         on_step: told of every step.
         penalty: a function of `weights`.
+        faster: those of `weights` that take `lora_plus` times the learning rate.
 
     Returns:
         `loss` (mean over the steps), `loss_first`, `loss_last` in nats a learned token; `steps`; `tokens` read;
@@ -49,7 +51,7 @@ def train(
     steps, stream = batches
     trained = list(weights)
     optimizer = torch.optim.AdamW(
-        trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        _groups(trained, faster, config), betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
     came = [weight.detach().clone() for weight in trained] if config.prox_mu else []
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(config, step, steps))
@@ -104,6 +106,16 @@ def autocast(config: TrainingConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(
         device.type, torch.bfloat16, enabled=config.autocast == "on" or (config.autocast == "auto" and capable)
     )
+
+
+def _groups(
+    trained: list[nn.Parameter], faster: Iterable[nn.Parameter], config: TrainingConfig
+) -> list[dict[str, list[nn.Parameter] | float]]:
+    """Weights by their learning rates; none is without weights."""
+    few = {id(weight) for weight in faster}
+    slow, quick = ([w for w in trained if (id(w) in few) is which] for which in (False, True))
+    rates = ((slow, config.learning_rate), (quick, config.learning_rate * config.lora_plus))
+    return [{"params": weights, "lr": lr} for weights, lr in rates if weights]
 
 
 def _step(scorer: Scorer, parts: list[Batch], config: TrainingConfig) -> float:

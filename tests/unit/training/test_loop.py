@@ -166,6 +166,39 @@ def test_prox_steps_are_those_of_the_written_out_loss(llama, tokenizer):
     assert _distance(got, _fit(llama, tokenizer, replace(config, prox_mu=0.0))[0]) > 1e-3
 
 
+def test_lora_plus_steps_are_those_of_one_adamw_a_side(llama, tokenizer):
+    """The oracle trains A and B with an AdamW each, B's at eight times the rate of A's."""
+    config = replace(_CONFIG, steps=4, lora_plus=8.0)
+    got, _ = _fit(llama, tokenizer, config)
+    bench, start = _bench(llama, tokenizer, config), fresh_factors(llama, _SPEC, 3)
+    with injected(llama, _SPEC, start) as adapter:
+        weights, lr = adapter.trained(), config.learning_rate
+        sides = [
+            torch.optim.AdamW(weights[i::2], lr=f * lr, weight_decay=config.weight_decay) for i, f in ((0, 1), (1, 8))
+        ]
+        for parts in bench.plan().batches(3)[1]:
+            loss = sum(bench.scorer(part).sum() for part in parts) / sum(len(part.at) for part in parts)
+            for side in sides:
+                side.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, config.clip_norm)
+            for side in sides:
+                side.step()
+        want = adapter.factors()
+    assert _distance(got, want) < 1e-5
+    assert _distance(got, _fit(llama, tokenizer, replace(config, lora_plus=1.0))[0]) > 1e-3
+
+
+def test_lora_plus_where_only_b_learns_is_that_rate(llama, tokenizer):
+    start = fresh_factors(llama, _SPEC, 3)
+    for frozen, same in (("A", 8 * _CONFIG.learning_rate), ("B", _CONFIG.learning_rate)):
+        begin = start if frozen == "A" else {n: np.full_like(a, 0.1) for n, a in start.items()}
+        plus = _bench(llama, tokenizer, replace(_CONFIG, lora_plus=8.0))
+        plain = _bench(llama, tokenizer, replace(_CONFIG, learning_rate=same))
+        got, want = (fit_adapter(bench, _SPEC, begin, 3, (frozen,))[0] for bench in (plus, plain))
+        assert all(np.array_equal(got[name], want[name]) for name in got)
+
+
 def test_a_penalty_on_the_last_components_is_that_of_the_written_out_loss(llama, tokenizer):
     """The oracle differentiates loss + 0.3 sum |B[:, 1:]| |A[1:]| as it stands, with an AdamW of its own."""
     config, rng = replace(_CONFIG, steps=4, clip_norm=0.0), np.random.Generator(np.random.Philox(key=1))
