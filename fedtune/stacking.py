@@ -113,7 +113,9 @@ class Stack:
                 self._sum_up(layer)
         return self
 
-    def mean(self, empty: Tensors, held: Tensors, byzantine: int = 0, limit: float = 0.0) -> Mean:
+    def mean(
+        self, empty: Tensors, held: Tensors, byzantine: int = 0, limit: float = 0.0, least: str | None = None
+    ) -> Mean:
         """Returns the mean of the updates, each layer's over those who carry it.
 
         Args:
@@ -122,6 +124,7 @@ class Stack:
                 difference. Empty where clients began with nothing.
             byzantine: multi-Krum leaves out so many clients.
             limit: longest change of a client; 0 clips none.
+            least: dtype that the factors have at least.
 
         Raises:
             RoundError: too few clients for multi-Krum.
@@ -132,7 +135,8 @@ class Stack:
             made = self._changes(layers_of(empty), held)
             kept, clips = trusted([made[client] for client in ids], byzantine, limit)
         counts = {ids[k]: float(clips[k]) for k in kept}
-        means = {layer: self._mean(layer, counts, "float32" if held else None) for layer in layers_of(empty)}
+        least = least or ("float32" if held else None)
+        means = {layer: self._mean(layer, counts, least) for layer in layers_of(empty)}
         factors = {key: empty[key] for layer in means for key in (key_a(layer), key_b(layer))}
         for found, _ in means.values():
             factors.update(found)
@@ -147,7 +151,8 @@ class Stack:
         if layer in self.sums:
             weight = sum(n for _, n in self.summed[layer])
             shares = [(rank, n / weight) for rank, n in sorted(self.summed[layer])]
-            return _small(layer, self.sums[layer].mean(weight, np.dtype(np.float64)), self.dtype), shares
+            dtype = np.result_type(self.dtype, *([least] if least else []))
+            return _small(layer, self.sums[layer].mean(weight, np.dtype(np.float64)), dtype), shares
         parts = [(part, counts[c]) for c, part in sorted(self.parts.get(layer, {}).items()) if c in counts]
         weight = sum(part.weight for part, _ in parts)
         shares = [(part.rank, part.weight / weight * clip) for part, clip in parts]

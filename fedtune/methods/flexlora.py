@@ -14,12 +14,10 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fedtune import averaging, lowrank
+from fedtune import averaging, lowrank, stacking
 from fedtune.lora import LoraSpec, is_table, key_a, key_b, layers_of, lora_scale, save_product
 from fedtune.method import BaseModel, ClientJob, Member, Method
 from fedtune.tensors import Array, Manifest, Tensors
-
-Fold = dict[str, tuple[Member, int, Tensors]]
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
@@ -56,22 +54,20 @@ class FlexLoRA(Method):
         """Sends the whole adapter."""
         return state
 
-    def fold(self, total: Fold | None, update: Tensors, member: Member, weight: int) -> Fold:
-        """Keeps the factors under the client's id."""
-        averaging.check(update, member, self._scale(member))
-        return {**(total or {}), member.id: (member, weight, update)}
+    def fold(self, total: stacking.Stack | None, update: Tensors, member: Member, weight: int) -> stacking.Stack:
+        """Adds the factors to the round's stack, or their product where that is smaller."""
+        reply = stacking.Reply(member, weight, self._scale(member), update)
+        return (total or stacking.Stack()).add(reply, keep=False)
 
-    def finish(self, state: Tensors, total: Fold, weight: int) -> Tensors:
+    def finish(self, state: Tensors, total: stacking.Stack, weight: int) -> Tensors:
         """Decomposes the weighted sum of products; rows of A for which it has no component stay, with B zero.
 
         Of an embedding it is the other way round.
         """
-        replies = [total[client] for client in sorted(total)]
+        mean = total.mean(state, {}, least="float64").factors
         after: dict[str, Array] = {}
         for layer in layers_of(state):
-            scaled = [n / weight * self._scale(m) * u[key_a(layer)].astype(np.float64) for m, n, u in replies]
-            b_or = np.concatenate([u[key_b(layer)] for _, _, u in replies], axis=1)
-            best = lowrank.recompress(np.concatenate(scaled), b_or, rank=self.rank)
+            best = lowrank.recompress(mean[key_a(layer)], mean[key_b(layer)], rank=self.rank)
             root, kept = np.sqrt(best.singular), len(best.singular)
             a, b = state[key_a(layer)].copy(), state[key_b(layer)].copy()
             (a if is_table(layer) else b)[:] = 0  # as in the first draw: the product is zero, and can be learned

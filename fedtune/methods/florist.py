@@ -10,16 +10,13 @@ there, clients may have any rank and scale, merge each round into their base, an
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fedtune import averaging, depth, history, lowrank
+from fedtune import averaging, depth, history, lowrank, stacking
 from fedtune.lora import LoraSpec, key_a, key_b, layers_of, lora_scale, save_product
 from fedtune.method import BaseModel, ClientJob, Member, Method
 from fedtune.tensors import DTYPES, Manifest, Tensors
-
-Fold = dict[str, tuple[Member, int, Tensors]]
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
@@ -61,25 +58,16 @@ class FLoRIST(Method):
         """Sends the rounds after `since`."""
         return history.after(state, since)
 
-    def fold(self, total: Fold | None, update: Tensors, member: Member, weight: int) -> Fold:
-        """Keeps the factors under the client's id."""
-        averaging.check(update, member, self._scale(member))
-        return {**(total or {}), member.id: (member, weight, update)}
+    def fold(self, total: stacking.Stack | None, update: Tensors, member: Member, weight: int) -> stacking.Stack:
+        """Adds the factors to the round's stack, or their product where that is smaller."""
+        reply = stacking.Reply(member, weight, self._scale(member), update)
+        return (total or stacking.Stack()).add(reply, keep=False)
 
-    def finish(self, state: Tensors, total: Fold, weight: int) -> Tensors:
-        """Stacks the updates in order of client id, and keeps the leading components of each layer.
-
-        A layer's mean is over the clients that carry it (`fedtune.depth`); where nobody does, nothing is added.
-        """
-        factors = history.of_round(state, 0)
+    def finish(self, state: Tensors, total: stacking.Stack, weight: int) -> Tensors:
+        """Keeps the leading components of each layer's mean; where nobody carries a layer, nothing is added."""
+        factors = total.mean(history.of_round(state, 0), {}, least="float64").factors
         for layer in layers_of(factors):
-            replies = [total[client] for client in sorted(total) if key_a(layer) in total[client][2]]
-            if not replies:
-                continue
-            weight = sum(n for _, n, _ in replies)
-            scaled = [n / weight * self._scale(m) * u[key_a(layer)].astype(np.float64) for m, n, u in replies]
-            b_or = np.concatenate([u[key_b(layer)] for _, _, u in replies], axis=1)
-            kept = lowrank.recompress(np.concatenate(scaled), b_or, energy=self.energy)
+            kept = lowrank.recompress(factors[key_a(layer)], factors[key_b(layer)], energy=self.energy)
             factors[key_a(layer)] = kept.a_ri.astype(DTYPES[self.dtype])
             factors[key_b(layer)] = kept.b_or.astype(DTYPES[self.dtype])
         return {**state, **history.numbered(history.last(state) + 1, factors)}

@@ -199,3 +199,31 @@ def test_what_flexlora_has_no_component_for_can_still_be_learned(family):
     assert np.array_equal(after[f"{TABLE}/B"][:, 1:], state[f"{TABLE}/B"][:, 1:])
     assert np.array_equal(after["m.0.q_proj/A"][1:], state["m.0.q_proj/A"][1:])
     assert not after["m.0.q_proj/B"][:, 1:].any()
+
+
+@pytest.mark.parametrize("name", ["flexlora", "flora", "florist"])
+def test_what_a_round_holds_does_not_grow_with_the_clients(name, family):
+    """200 of them; twice the bytes of exact sums (16 an entry of the product) is the most there can be."""
+    method = METHODS[name](rank=4, target_modules=("q_proj",))
+    state = method.init(family.base([(20, 30)]), 0)
+    clients = [(1 + i % 4, 1.0 + i % 3, 1 + i) for i in range(200)]
+    replies = [
+        (m, {n: a.astype(np.float32) for n, a in u.items()}, w) for m, u, w in family.replies(method, state, clients)
+    ]
+    digests, most = set(), 0
+    for order in (replies, replies[::-1]):
+        total = None
+        for member, update, weight in order:
+            total = method.fold(total, update, member, weight)
+            kept = sum(a.nbytes for parts in total.parts.values() for part in parts.values() for a in part.pair)
+            most = max(most, kept + sum(s.high.nbytes + s.low.nbytes for s in total.sums.values()))
+        after = method.finish(state, total, sum(w for *_, w in replies))
+        digests.add(digest(after))
+    assert len(digests) == 1
+    assert 0 < most <= 2 * 16 * 20 * 30
+    want = family.mean_product(method, replies, "m.0.q_proj")
+    got = family.product({n[7:] if is_past(n) else n: a for n, a in after.items() if a.size}, "m.0.q_proj")
+    left = np.linalg.norm(got - want) / np.linalg.norm(want)
+    s = np.linalg.svd(want, compute_uv=False)
+    best = {"flora": 0.0, "florist": 0.1**0.5, "flexlora": np.linalg.norm(s[4:]) / np.linalg.norm(s)}[name]
+    assert left <= best + 1e-6
