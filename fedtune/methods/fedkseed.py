@@ -25,7 +25,6 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
-from safetensors.numpy import save_file
 
 from fedtune.agreement import Total, folded, judged
 from fedtune.directions import Pool
@@ -46,6 +45,7 @@ from fedtune.kspace import (
 from fedtune.lora import LoraSpec, find_layers
 from fedtune.method import BaseModel, ClientJob, Member, Method, Part, ZeroOrder
 from fedtune.tensors import PRIVATE, Array, Manifest, Tensors, TensorSpec
+from fedtune.weights import save_weights
 from fedtune.zo import REFUSED
 
 FILE = "fedkseed.safetensors"
@@ -213,10 +213,10 @@ class FedKSeed(Method):
 
     def export(self, state: Tensors, folder: Path, base_model: str) -> None:
         """Writes the coefficients, which are the whole change; `fedtune.training.zo.rebuilt` applies them."""
-        kept = {n: np.ascontiguousarray(state[n]) for n in ("pool", "coefficients", "exponent")}
+        kept = {n: state[n] for n in ("pool", "coefficients", "exponent")}
         part = self._part(state[_LAYERS].tobytes().decode().split("\n"), state)
         about = {"base": base_model, "pool": self.pool, "seeds": str(self.seeds), **part.to_text()}
-        save_file(kept, folder / FILE, about)
+        save_weights(folder / FILE, kept, about)
 
     def _pool(self, known: Tensors) -> Pool:
         return Pool(self.pool, int(known["pool"][0]), self.seeds)
