@@ -15,9 +15,11 @@ bits], ...]`, too, and the payload is theirs.
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -71,7 +73,7 @@ def compress(
     if balanced:
         change = balance_lora(change)
     data = write(change, codec)
-    _new_folder(target)
+    new_folder(target)
     _copy_rest(source, target)
     _save(target / TERNARY, lambda file: file.write_bytes(data))
     return Sizes(sum(a.size for a in weights.values()), sum(a.nbytes for a in weights.values()), len(data))
@@ -86,16 +88,27 @@ def decompress(source: Path, target: Path, *, base: Path | None = None) -> None:
         ConfigError: `target` is not empty.
     """
     weights = restore(source, base)
-    _new_folder(target)
+    new_folder(target)
     _copy_rest(source, target)
     name = WEIGHTS if (source / CONFIG).exists() else "model.safetensors"
     _save(target / name, lambda file: save_file(weights, file, metadata={"format": "pt"}))
 
 
+@contextmanager
+def plain(folder: Path) -> Iterator[Path]:
+    """Opens an adapter folder for readers of PEFT's files: itself, or for a compressed one a plain copy for a while."""
+    if not (folder / TERNARY).exists():
+        yield folder
+        return
+    with TemporaryDirectory() as place:
+        decompress(folder, Path(place))
+        yield Path(place)
+
+
 def save_merged(like: Path, target: Path, change: Tensors) -> None:
     """Writes what training changed as an adapter with the configuration of `like`, to a new folder."""
     weights = _added(change, _reference(like, change, None))
-    _new_folder(target)
+    new_folder(target)
     _copy_rest(like, target)
     _save(target / WEIGHTS, lambda file: save_file(weights, file, metadata={"format": "pt"}))
 
@@ -112,9 +125,8 @@ def load_weights(folder: Path) -> dict[str, Array]:
         return restore(folder)
     files = [folder / WEIGHTS] if (folder / WEIGHTS).exists() else sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise ModelError(
-            problem(str(folder), f"a folder with {WEIGHTS}, model.safetensors or {TERNARY}", "none of them")
-        )
+        want = f"a folder with {WEIGHTS}, model.safetensors or {TERNARY}"
+        raise ModelError(problem(str(folder), want, "none of them", "Make one of a run with fedtune export"))
     try:
         return {name: array for file in files for name, array in load_file(file).items()}
     except (OSError, ValueError, SafetensorError) as error:
@@ -233,7 +245,8 @@ def _kind(folder: Path) -> str:
     return kind
 
 
-def _new_folder(target: Path) -> None:
+def new_folder(target: Path) -> None:
+    """Makes a folder to write; raises ConfigError when something is there."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(problem(str(target), "a new or empty folder", "something is there"))
     _save(target, lambda folder: folder.mkdir(parents=True, exist_ok=True))

@@ -5,9 +5,11 @@
     ties              trim, elect a sign, average those that agree     (Yadav et al. 2023, arXiv 2306.01708)
     dare              drop at random, rescale, sum                     (Yu et al. 2024, arXiv 2311.03099)
     breadcrumbs       drop the smallest and the very largest, sum      (Davari, Belilovsky 2023, arXiv 2312.06795)
+    stack             sum_k w_k B_k A_k, exactly: [B_1 .. B_n] and [w_1 A_1; ..; w_n A_n], of all ranks together
 
 t_k is what training changed: LoRA's weights, or those of IA3 less one. As in PEFT's `add_weighted_adapter`, the weight
-of a LoRA adapter goes onto A and onto B as its square root.
+of a LoRA adapter goes onto A and onto B as its square root, so all but `stack` have cross terms B_j A_k. A negative
+weight takes away what an adapter learned; an average has none.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +23,7 @@ from peft.utils import merge_utils  # untyped: its results are given their type 
 from fedtune.errors import ConfigError, ModelError, problem
 from fedtune.tensors import Array, Tensors
 
-METHODS = ("ties", "task-arithmetic", "dare", "breadcrumbs", "average")
+METHODS = ("ties", "task-arithmetic", "dare", "breadcrumbs", "average", "stack")
 _LARGEST = 0.01  # share of the largest magnitudes that breadcrumbs drops
 
 
@@ -52,7 +54,7 @@ def merge(changes: Sequence[Tensors], how: Merge) -> dict[str, Array]:
     """Merges bags of the same names and shapes; computed in float32, returned in the first one's dtypes.
 
     Raises:
-        ConfigError: there are more or fewer weights than adapters, or they sum to 0 for an average.
+        ConfigError: there are more or fewer weights than adapters, or for an average one is negative or all are 0.
         ModelError: names or shapes differ.
     """
     weights = _weights(how, len(changes))
@@ -63,14 +65,36 @@ def merge(changes: Sequence[Tensors], how: Merge) -> dict[str, Array]:
         return {name: _merged(name, changes, weights, how, rule) for name in changes[0]}
 
 
+def stack(adapters: Sequence[Tensors], how: Merge) -> dict[str, Array]:
+    """Stacks LoRA factors as `load_peft` reads them, whose change is B A: `layer/A` (R, I), `layer/B` (O, R).
+
+    A layer that an adapter lacks is one that it does not change. In the first dtype of each factor.
+
+    Raises:
+        ConfigError: there are more or fewer weights than adapters.
+        ModelError: a layer has other sizes in one adapter than in another.
+    """
+    weights, out = _weights(how, len(adapters)), {}
+    for name in sorted({name for adapter in adapters for name in adapter}):
+        axis = 0 if name.endswith("/A") else 1
+        parts = [(a[name], w if axis == 0 else 1.0) for a, w in zip(adapters, weights, strict=True) if name in a]
+        sizes = {part.shape[1 - axis] for part, _ in parts}
+        if len(sizes) > 1:
+            raise ModelError(problem(name, "the same sizes in every adapter", sorted(sizes)))
+        joined = np.concatenate([part.astype(np.float64) * weight for part, weight in parts], axis)
+        out[name] = joined.astype(parts[0][0].dtype)
+    return out
+
+
 def _weights(how: Merge, count: int) -> list[float]:
     weights = list(how.weights) or [1.0] * count
     if len(weights) != count or not all(np.isfinite(weights)):
         raise ConfigError(problem("--weights", f"{count} numbers, one an adapter", how.weights))
     if how.method == "average":
         total = sum(weights)
-        if not total:
-            raise ConfigError(problem("--weights", "a sum other than 0 for an average", how.weights))
+        if min(weights) < 0 or not total:
+            want, remedy = "none below 0 and not all 0, for an average", "task-arithmetic takes negative ones"
+            raise ConfigError(problem("--weights", want, how.weights, remedy))
         weights = [weight / total for weight in weights]
     return weights
 
@@ -82,7 +106,7 @@ def _check_alike(changes: Sequence[Tensors]) -> None:
         if shapes != first:
             odd = next(name for name in sorted({*first, *shapes}) if first.get(name) != shapes.get(name))
             want, got = first.get(odd, "no such tensor"), shapes.get(odd, "no such tensor")
-            remedy = "Only adapters of the same layers and ranks can be merged"
+            remedy = "Only adapters of the same layers and ranks can be merged; --method stack takes any LoRA"
             raise ModelError(problem(f"adapter {number}: {odd}", want, got, remedy))
 
 

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from fedtune.compressed import Sizes
 
 _Source = Annotated[
-    Path, typer.Argument(metavar="ADAPTER_DIR", help="PEFT LoRA or IA3 folder, or a model folder.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="ADAPTER_DIR", help="PEFT LoRA or IA3 folder, run folder, or a model folder.", show_default=False
+    ),
 ]
 _Target = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)]
 _Base = Annotated[Path | None, typer.Option(help="For a full fine-tune: folder of the model it started from.")]
@@ -51,6 +54,7 @@ def compress(
     * `fedtune compress my-model small --base base-model --codec delta-come --rank 32`
     """
     from fedtune import compressed
+    from fedtune.cli.export import find_adapter
     from fedtune.codecs.spectral import delta_come, ere
     from fedtune.codecs.ternary import Ternary
 
@@ -59,6 +63,8 @@ def compress(
     for name, (value, choices) in options.items():
         if value not in choices:
             raise ConfigError(problem(f"--{name}", " or ".join(choices), value))
+    if base is None and not any(source.glob("model*.safetensors")):
+        source = find_adapter(source)
     if codec != "ternary":
         if sweep is not None:
             raise ConfigError(problem("--sweep", "--codec ternary", codec))

@@ -51,12 +51,14 @@ def _check_fit(config: "Config", path: str, adapter: Path) -> None:
     """Raises ModelError for a PEFT adapter of another model, before one is loaded."""
     from fedtune.base import open_base
     from fedtune.cli.export import base_of, is_change, is_seeds
+    from fedtune.compressed import plain
     from fedtune.locate import locate_model
     from fedtune.lora import key_a, key_b, layers_of, load_peft
 
     if is_seeds(adapter) or is_change(adapter):
         return
-    factors = load_peft(adapter)
+    with plain(adapter) as opened:
+        factors = load_peft(opened)
     base = open_base(locate_model(config.model.name, config.model.revision))
     shapes = {spec.name.removesuffix(".weight"): spec for spec in base.weights.specs if "float" in spec.dtype}
     layers = layers_of(factors)

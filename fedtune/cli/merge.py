@@ -1,49 +1,75 @@
 """`fedtune merge`: several adapters of one base model, plain or compressed, become one."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedtune.cli.console import out
 from fedtune.errors import ConfigError, ModelError, problem
 
+if TYPE_CHECKING:
+    from fedtune.merging import Merge
+
 
 def merge(
     adapters: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER_DIR...", help="PEFT or compressed folders.", show_default=False)
+        list[Path],
+        typer.Argument(
+            metavar="ADAPTER_DIR...", help="PEFT or compressed adapter folders, or run folders.", show_default=False
+        ),
     ],
     to: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)],
     method: Annotated[
-        str, typer.Option(help="`ties`, `task-arithmetic`, `dare`, `breadcrumbs` or `average`.")
+        str, typer.Option(help="`ties`, `task-arithmetic`, `dare`, `breadcrumbs`, `average` or `stack`.")
     ] = "ties",
-    weights: Annotated[str, typer.Option(help="One number an adapter, with commas: `0.5,1,1`.")] = "",
+    weights: Annotated[
+        str, typer.Option(help="One number an adapter, with commas: `0.5,1,-1`; below 0 takes away.")
+    ] = "",
     density: Annotated[float, typer.Option(help="Share that ties, dare and breadcrumbs keep.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
 ) -> None:
-    """Merge adapters with PEFT's own arithmetic.
+    """Merge adapters with PEFT's own arithmetic, or with `stack` to the exact sum, whatever their ranks.
 
     Examples:
 
     * `fedtune merge a b c --out merged --method ties --density 0.2`
     * `fedtune merge a b --out merged --method average --weights 3,1`
+    * `fedtune merge runs/flora other --out merged --method stack`
     """
     from fedtune.cli.prepare import need_training
 
     need_training()
     from fedtune import compressed
+    from fedtune.cli.export import find_adapter
     from fedtune.merging import Merge
     from fedtune.merging import merge as merge_changes
 
     how = Merge(method=method, weights=_numbers(weights), density=density, seed=seed)
     if len(adapters) < 2:
         raise ConfigError(problem("adapters", "two or more", len(adapters)))
-    configs = [_config(folder) for folder in adapters]
-    _check_same(configs)
-    changes = [compressed.difference(folder, compressed.load_weights(folder), None) for folder in adapters]
-    compressed.save_merged(adapters[0], to, merge_changes(changes, how))
+    found = [find_adapter(folder) for folder in adapters]
+    configs = [_config(folder) for folder in found]
+    if method == "stack":
+        _stack(found, str(configs[0].get("base_model_name_or_path") or ""), to, how)
+    else:
+        _check_same(configs)
+        changes = [compressed.difference(folder, compressed.load_weights(folder), None) for folder in found]
+        compressed.save_merged(found[0], to, merge_changes(changes, how))
     out.print(f"Wrote {to} from {len(adapters)} adapters ({method})", markup=False, soft_wrap=True)
+
+
+def _stack(folders: list[Path], base: str, to: Path, how: "Merge") -> None:
+    from fedtune.compressed import new_folder, plain
+    from fedtune.lora import load_peft, save_product
+    from fedtune.merging import stack
+
+    with ExitStack() as opened:
+        factors = stack([load_peft(opened.enter_context(plain(folder))) for folder in folders], how)
+    new_folder(to)
+    save_product(to, factors, base)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -66,4 +92,5 @@ def _check_same(configs: list[dict[str, Any]]) -> None:
     for key in ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
         values = [config.get(key) or None for config in configs]
         if any(value != values[0] for value in values):
-            raise ModelError(problem(f"adapter_config.json: {key}", f"{values[0]} in every adapter", values))
+            remedy = "--method stack adds LoRA adapters of any ranks and scales"
+            raise ModelError(problem(f"adapter_config.json: {key}", f"{values[0]} in every adapter", values, remedy))
