@@ -92,9 +92,9 @@ class HetLoRA(Method):
             after[key_b(layer)] = b_or.astype(state[key_b(layer)].dtype)
         return after
 
-    def notes(self, state: Tensors, total: Fold) -> dict[str, list[str]]:
+    def notes(self, state: Tensors, total: Fold | None) -> dict[str, list[str]]:
         """Says which clients have pruned their rank, and to what."""
-        ranks = {client: (_rank_of(update), member.rank) for client, (member, update) in sorted(total.items())}
+        ranks = {client: (_rank_of(update), member.rank) for client, (member, update) in sorted((total or {}).items())}
         pruned = [f"{client}: {rank} of {most}" for client, (rank, most) in ranks.items() if rank < most]
         return {"pruned": pruned} if pruned else {}
 

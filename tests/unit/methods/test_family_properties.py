@@ -29,6 +29,7 @@ CASES = {
     "flora, krum": ("flora", {"krum_byzantine": 1}),
     "fedavg-lora, krum": ("fedavg-lora", {"krum_byzantine": 1, "clip_norm": 3.0}),
     "fedavg-lora, adam": ("fedavg-lora", {"server_optimizer": "adam"}),
+    "hetlora, pruning": ("hetlora", {"prune_gamma": 0.6}),
     "ffa-lora, trim": ("ffa-lora", {"trim": 1}),
     "ffa-lora, krum": ("ffa-lora", {"krum_byzantine": 1, "server_optimizer": "nesterov"}),
 }
