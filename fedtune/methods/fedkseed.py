@@ -92,7 +92,7 @@ class FedKSeed(Method):
     steps: int = Field(default=200, ge=1, le=2**13)
     directions: int = Field(default=1, ge=1, le=64)
     optimizer: Literal["sgd", "sign", "conservative"] = "sgd"
-    learning_rate: float = Field(default=3e-7, ge=0, allow_inf_nan=False)
+    learning_rate: float = Field(default=3e-7, ge=0, le=1e6)  # times the largest sums it stays far within float64
     eps: float = Field(default=5e-4, gt=0, allow_inf_nan=False)
     loss_clip: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     pro: bool = False

@@ -323,6 +323,16 @@ def test_clients_with_an_adapter_of_their_own_are_refused():
             method.admit(member)
 
 
+def test_the_largest_sums_at_the_largest_learning_rate_are_sent(base):
+    method = FedKSeed(**{**SMALL, "learning_rate": 1e6})
+    state = {**method.init(base, 1), PRIVATE + "total": np.full(24, -(2**62))}
+    after = _close(method, state, [(_update(method, [3], [1.0]), 1)])
+    got = unpacked(after["coefficients"]) * 2.0 ** -float(after["exponent"][0])
+    assert np.allclose(got, 2.0**30 * 1e6)
+    with pytest.raises(ValidationError, match="learning_rate"):
+        FedKSeed(learning_rate=1e7)
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_other_optimisers_are_refused_with_the_reason(name):
     with pytest.raises(ConfigError, match=r"method\.optimizer: .*sgd, sign or conservative") as refusal:
