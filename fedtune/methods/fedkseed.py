@@ -84,7 +84,7 @@ class FedKSeed(Method):
     name: ClassVar[str] = "fedkseed"
     unused: ClassVar[tuple[str, ...]] = (
         *("steps", "epochs", "learning_rate", "schedule", "warmup_steps"),
-        *("weight_decay", "betas", "clip_norm", "prox_mu", "checkpointing"),
+        *("weight_decay", "betas", "clip_norm", "lora_plus", "prox_mu", "checkpointing"),
     )
 
     seeds: int = Field(default=4096, ge=1, le=65536)

@@ -19,6 +19,13 @@ def test_what_a_method_without_gradients_does_not_use_is_named():
     assert said == "training.steps, training.learning_rate: not used by fedkseed, whose keys are in [method]"
 
 
+def test_every_key_is_known_to_be_used_or_not():
+    """A new key of [training] has to be put on one of the two lists."""
+    used = {"batch_size", "accumulate", "max_length", "packing", "autocast"}
+    assert used | set(METHODS["fedkseed"].unused) == {field.name for field in fields(TrainingConfig)}
+    assert not used & set(METHODS["fedkseed"].unused)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_is_said_of_defaults(name):
     assert _said(name) == ""
