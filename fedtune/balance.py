@@ -9,6 +9,7 @@ would keep the noise. Balanced, both carry the same singular values, and B' A' =
 """
 
 import numpy as np
+import numpy.typing as npt
 
 from fedtune.blas import one_thread
 from fedtune.lora import key_a, key_b, layers_of
@@ -43,3 +44,17 @@ def balance(a_ri: Array, b_or: Array) -> tuple[Array, Array]:
     a_out, b_out = np.zeros(a_ri.shape), np.zeros(b_or.shape)  # of rank R, also where R is above I or O
     a_out[: min(rank, s.size)], b_out[:, : min(rank, s.size)] = a, b
     return a_out.astype(a_ri.dtype), b_out.astype(b_or.dtype)
+
+
+def lengthened(a_ri: Array, b_or: Array, fresh_ri: Array) -> tuple[Array, Array]:
+    """The same product with every row of A as long as those of `fresh_ri` are on average, B taking the rest.
+
+    Rows of zeros stay as they are; so does all, where `fresh_ri` is zero.
+    """
+    lengths, want = _lengths(a_ri), np.sqrt((_lengths(fresh_ri) ** 2).mean())
+    grown = np.divide(want, lengths, out=np.ones_like(lengths), where=(lengths > 0) & (want > 0))
+    return (a_ri * grown[:, None]).astype(a_ri.dtype), (b_or / grown).astype(b_or.dtype)
+
+
+def _lengths(a_ri: Array) -> npt.NDArray[np.float64]:
+    return np.asarray(np.linalg.norm(a_ri.astype(np.float64), axis=1))

@@ -32,7 +32,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from fedtune import averaging, depth, downlink, history, stacking, trust
-from fedtune.balance import balanced
+from fedtune.balance import balanced, lengthened
 from fedtune.codecs.compression import Compression, Link
 from fedtune.errors import ConfigError, ProtocolError, problem
 from fedtune.lora import LoraSpec, key_a, key_b, layers_of, lora_scale, save_product
@@ -56,6 +56,8 @@ class FLoRA(Method):
         rslora: scale by alpha / sqrt(r) instead of alpha / r.
         dtype: of the factors on the wire and of the stacks; what has been recompressed is float32.
         start: `fresh` begins each round with new factors, `warm` with the leading components of the global update.
+        warm_length: how long A's rows are where a warm start begins: `balanced`, as long as B's columns, or `fresh`, as
+            long as those of a fresh A, B taking the rest. `fresh` is for `training.lora_plus` above 1.
         rank_budget: the largest rank of the global update; past it, stacks are recompressed. 0 is no budget.
         energy: recompression keeps this share of the squared norm. At 1 it is exact, and a budget must not be below
             the layers' smaller sides; below 1 the budget is kept whatever that cuts off. Rounds report what was.
@@ -80,6 +82,7 @@ class FLoRA(Method):
     rslora: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     start: Literal["fresh", "warm"] = "fresh"
+    warm_length: Literal["balanced", "fresh"] = "balanced"
     rank_budget: int = Field(default=0, ge=0)
     energy: float = Field(default=1.0, gt=0, le=1)
     server_optimizer: Outer = ServerOptimizer()
@@ -226,16 +229,19 @@ class FLoRA(Method):
     def _leading(self, job: ClientJob, factors: Tensors) -> dict[str, Array]:
         """A client's first r_k components as an adapter of its own scale; where there are fewer, rows of a fresh one.
 
-        A and B are equally long, as they are in the state. AdamW's steps have one length whatever they change, so rows
-        as short as that turn within a round; A as long as a fresh one would keep its directions, and learn slowly.
+        A and B are equally long, as they are in the state, or A is as long as a fresh one. AdamW's steps have one
+        length whatever they change, so the former's short rows turn within a round. The latter's keep their directions:
+        they learn slowly where both sides take one rate, and steadily where B's is many times A's.
         """
         start = {name: array.copy() for name, array in job.fresh(self._spec(job.member, factors)).items()}
         share = self._scale(job.member) ** -0.5
-        for name, array in averaging.sliced(factors, job.member.rank, share, share).items():
-            if name.endswith("/A"):
-                start[name][: len(array)] = array
-            else:
-                start[name][:, : array.shape[1]] = array
+        own = averaging.sliced(factors, job.member.rank, share, share)
+        for layer in layers_of(own):
+            a_ri, b_or = own[key_a(layer)], own[key_b(layer)]
+            if self.warm_length == "fresh":
+                a_ri, b_or = lengthened(a_ri, b_or, start[key_a(layer)])
+            start[key_a(layer)][: len(a_ri)] = a_ri
+            start[key_b(layer)][:, : b_or.shape[1]] = b_or
         return start
 
     def _spec(self, member: Member, names: Tensors | list[str]) -> LoraSpec:

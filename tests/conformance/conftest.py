@@ -34,6 +34,7 @@ _VARIANTS = [
     "fedavg by feedback",
     "fedavg by some",
     "flora by warm start",
+    "flora by long warm start",
     "flora by budget",
     "flora by ternary",
     "flora by small stacks",
@@ -52,6 +53,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "nesterov": {"server_optimizer.name": "nesterov", "clip_norm": 0.5},
     "personal": {"personal": ["layers.1.*", "lora_A"]},
     "warm start": {"start": "warm", "rank_budget": 6, "energy": 0.99, "clip_norm": 0.5},
+    "long warm start": {"start": "warm", "warm_length": "fresh"},
     "budget": {"rank": 4, "rank_budget": 16, "server_optimizer.name": "momentum"},
 }
 _OPTIONS["small stacks"] = {"uplink": "int4", "downlink.codec": "ternary", "downlink.density": 0.3}

@@ -141,6 +141,25 @@ def test_a_slice_begins_balanced_and_is_filled_up_with_fresh_rows(base, base_fol
         assert not b[:, 3:].any()
 
 
+def test_a_slice_may_begin_with_rows_as_long_as_fresh_ones(base, base_folder, family):
+    """The products are those of the balanced slice; every row of A has the length of a fresh A's rows on average."""
+    even, long = FLoRA(start="warm"), FLoRA(start="warm", warm_length="fresh")
+    states, *_ = family.play(even, base, base_folder, [Member("a", 1), Member("b", 2)], 1)
+    attached, fresh = {}, {}
+    for method in (even, long):
+        member, worker = method.admit(Member("c", 5, 20.0)), ToyWorker(base_folder)
+        job = worker.job(method, member, 2)
+        method.install(job, Round(method, states[-1], 2).task(member).payload)
+        spec, attached[method] = worker.attached
+        fresh = job.fresh(spec)
+    for layer in layers_of(fresh):
+        assert np.abs(family.product(attached[long], layer) - family.product(attached[even], layer)).max() < 1e-6
+        want = np.sqrt((np.linalg.norm(fresh[key_a(layer)], axis=1) ** 2).mean())
+        assert np.allclose(np.linalg.norm(attached[long][key_a(layer)][:3], axis=1), want, rtol=1e-5)
+        assert np.array_equal(attached[long][key_a(layer)][3:], fresh[key_a(layer)][3:])
+        assert not attached[long][key_b(layer)][:, 3:].any()
+
+
 def test_downloads_stay_within_a_budget(family, base, base_folder):
     method = FLoRA(rank=3, start="warm", rank_budget=6, energy=0.99)
     states, *_ = family.play(method, base, base_folder, [Member(f"c{i}", 1 + i) for i in range(4)], 30)
