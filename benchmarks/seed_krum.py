@@ -114,9 +114,9 @@ def price(rounds: int) -> list[Row]:
 def main() -> None:
     """Prints both tables."""
     arguments = options("What multi-Krum finds in K-space.")
-    rows, rounds = [], 1 if arguments.quick else 4
-    cases = [("iid", 20, 1)] if arguments.quick else [("iid", 20, 1), ("iid", 100, 4), ("label", 100, 4)]
-    for partition, steps, batch in cases:
+    rows = []
+    cases = [("iid", 20, 1, 1)] if arguments.quick else [("iid", 20, 1, 4), ("iid", 100, 4, 3), ("label", 100, 4, 3)]
+    for partition, steps, batch, rounds in cases:
         for draws in ("own", "shared"):
             count = played(settings(draws, steps, batch, partition), rounds)
             what = f"{partition}, {steps} steps of {batch} sequences, {draws} seeds"
