@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedtune.cli.console import err
-from fedtune.errors import ConfigError, problem
+from fedtune.errors import ConfigError, ModelError, problem
 from fedtune.installed import need_training
 
 if TYPE_CHECKING:
     from fedtune.config import Config
 
-__all__ = ["check_counts", "check_layers", "for_simulation", "need_training", "prepare"]
+__all__ = ["check_counts", "check_layers", "for_simulation", "model_is_here", "need_training", "prepare"]
 
 
 def prepare(config: "Config", indices: Sequence[int] = ()) -> list[int]:
@@ -24,19 +24,33 @@ def prepare(config: "Config", indices: Sequence[int] = ()) -> list[int]:
         FedtuneError: something is missing or malformed.
     """
     need_training()
+    if indices:
+        _admit(config, indices)
     from fedtune.training.data import all_client_rows, check_files
-    from fedtune.training.models import resolve_model
 
     check_files(config.data)
     counts: list[int] = []
     if indices:
-        _admit(config, indices)
         with err.status(f"data {config.data.name}"):
             parts = all_client_rows(config)
             counts = [len(parts[index]) for index in indices]
-    with err.status(f"model {config.model.name}"):
-        resolve_model(config.model.name, config.model.revision)
+    if not model_is_here(config):
+        with err.status(f"model {config.model.name}"):
+            from fedtune.training.models import resolve_model  # loads torch
+
+            resolve_model(config.model.name, config.model.revision)
     return counts
+
+
+def model_is_here(config: "Config") -> bool:
+    """Whether nothing needs to be fetched or made."""
+    from fedtune.locate import locate_model
+
+    try:
+        locate_model(config.model.name, config.model.revision)
+    except ModelError:
+        return False
+    return True
 
 
 def check_counts(config: "Config") -> None:

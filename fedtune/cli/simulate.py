@@ -46,14 +46,18 @@ def simulate(
 
 def _check(config: "Config") -> None:
     """Looks at everything that can be wrong, what is cheap first; says what is about to run."""
-    from fedtune.cli.prepare import check_counts, check_layers, prepare
+    from fedtune.cli.prepare import check_counts, check_layers, model_is_here, prepare
     from fedtune.cli.same_run import check_same
     from fedtune.config.unused import unused
 
     check_counts(config)
     check_same(config)
+    here = model_is_here(config)
+    if here:
+        check_layers(config)
     rows = prepare(config, range(config.simulation.clients))
-    check_layers(config)
+    if not here:
+        check_layers(config)
     err.print(
         f"{config.run.name}: {config.method.name} on {config.model.name}, {len(rows)} clients with {min(rows)} to "
         f"{max(rows)} rows, {config.rounds.count} rounds, results in {config.run.folder}",

@@ -194,3 +194,15 @@ def test_an_adapter_of_this_model_is_measured_though_its_head_is_not_among_the_w
     save_peft(tmp_path / "adapter", factors, rank=2, alpha=4)
     ended = fedtune("evaluate", config, "--set", f"model.name={base}", "--adapter", tmp_path / "adapter")
     assert "measuring began" in ended.err
+
+
+@pytest.mark.parametrize("wrong", ["method.target_modules=['nope']", "simulation.ranks=[300]"])
+def test_what_the_settings_and_the_base_say_comes_before_data(fedtune, config, tmp_path, monkeypatch, wrong):
+    def read(*_: object) -> None:
+        raise AssertionError("data were looked at first")
+
+    monkeypatch.setattr("fedtune.training.data.check_files", read)
+    base = toy_base(tmp_path / "base")
+    ended = fedtune("simulate", config, "--set", f"model.name={base}", "--set", wrong)
+    assert ended.code in (2, 5)
+    assert "nope" in ended.err or "300" in ended.err
