@@ -103,12 +103,21 @@ SEEDED = {
     "fedkseed by krum": {"krum_byzantine": 1, "clip_norm": 50.0},
 }
 """What FedKSeed may be told; Krum needs five nodes."""
+FULL = "fedkseed by full size"
+_FULL = {"seeds": 4096, "steps": 200, "train": "lora", "rank": 2, "pro": True}
 
 
 def options(method):
     name, _, codec = method.partition(" by ")
     if name == "fedkseed":
-        return {"name": name, "seeds": 128, "steps": 5, "learning_rate": 1e-4, "eps": 1e-2, **SEEDED.get(method, {})}
+        return {
+            "name": name,
+            "seeds": 128,
+            "steps": 5,
+            "learning_rate": 1e-4,
+            "eps": 1e-2,
+            **{FULL: _FULL, **SEEDED}.get(method, {}),
+        }
     own = {} if name == "fedavg" else {"rank": 2}
     return {"name": name, **own, **({"uplink": {"codec": codec, "density": 0.1, "feedback": True}} if codec else {})}
 
