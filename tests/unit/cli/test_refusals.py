@@ -204,5 +204,5 @@ def test_what_the_settings_and_the_base_say_comes_before_data(fedtune, config, t
     monkeypatch.setattr("fedtune.training.data.check_files", read)
     base = toy_base(tmp_path / "base")
     ended = fedtune("simulate", config, "--set", f"model.name={base}", "--set", wrong)
-    assert ended.code in (2, 5)
+    assert ended.code in (2, 6)
     assert "nope" in ended.err or "300" in ended.err
