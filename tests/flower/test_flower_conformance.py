@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedtune[flower]'")
+
+import loop_grid
+
 from fedtune.methods import METHODS
 
 KEEPING = "fedavg-lora by ternary"  # its clients keep between rounds what compression left out
@@ -16,13 +20,15 @@ def digests(flower, settings):
 
 
 def chosen(settings, name):
+    if name in loop_grid.SEEDED:
+        return settings | loop_grid.flattened({"method": loop_grid.options(name)})
     method, _, codec = name.partition(" by ")
     uplink = {"codec": codec, "density": 0.1, "feedback": True} if codec else {}
     return settings | {"method.name": method} | {f"method.uplink.{key}": value for key, value in uplink.items()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [*sorted(METHODS), KEEPING])
+@pytest.mark.parametrize("method", [*sorted(METHODS), KEEPING, "fedkseed by sparse pro"])
 def test_simulation(flower, app, settings, simulated, over_grpc, method):
     settings = chosen(settings, method)
     flower.run(app, "local", settings, nodes=2)
