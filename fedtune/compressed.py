@@ -30,7 +30,7 @@ from fedtune.balance import balance
 from fedtune.codecs.spectral import Spectral
 from fedtune.codecs.ternary import Ternary
 from fedtune.errors import ConfigError, ModelError, StorageError, WireError, problem
-from fedtune.tensors import DTYPES, Array, Manifest, Tensors, TensorSpec
+from fedtune.tensors import DTYPES, Array, Manifest, Tensors, TensorSpec, check
 
 MAGIC = b"FEDTERN1"
 WEIGHTS = "adapter_model.safetensors"
@@ -64,12 +64,14 @@ def compress(
 
     Raises:
         ModelError: `source` is neither, or is damaged.
+        WireError: a value is not finite.
         ConfigError: `target` is not empty, or the codec is not for an adapter.
     """
     if isinstance(codec, Spectral) and base is None:
         raise ConfigError(problem("--codec", "ternary for an adapter", "one of singular vectors, which it is already"))
     weights = load_weights(source)
     change = difference(source, weights, base)
+    check(change, Manifest.of(change), str(source))
     if balanced:
         change = balance_lora(change)
     data = write(change, codec)
@@ -137,7 +139,7 @@ def difference(source: Path, weights: Tensors, base: Path | None) -> dict[str, A
     """Returns what training changed, in the dtypes of `weights`."""
     reference = _reference(source, weights, base)
     return {
-        name: (array.astype(np.float64) - reference[name]).astype(array.dtype) if name in reference else array
+        name: np.asarray(array.astype(np.float64) - reference[name]).astype(array.dtype) if name in reference else array
         for name, array in weights.items()
     }
 
@@ -229,7 +231,7 @@ def _reference(source: Path, weights: Tensors, base: Path | None) -> dict[str, A
 
 def _added(change: Tensors, reference: Tensors) -> dict[str, Array]:
     return {
-        name: (array.astype(np.float64) + reference[name]).astype(array.dtype) if name in reference else array
+        name: np.asarray(array.astype(np.float64) + reference[name]).astype(array.dtype) if name in reference else array
         for name, array in change.items()
     }
 

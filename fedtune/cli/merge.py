@@ -92,5 +92,5 @@ def _check_same(configs: list[dict[str, Any]]) -> None:
     for key in ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
         values = [config.get(key) or None for config in configs]
         if any(value != values[0] for value in values):
-            remedy = "--method stack adds LoRA adapters of any ranks and scales"
+            remedy = "--method stack adds LoRA adapters of any ranks and scales" if key != "peft_type" else ""
             raise ModelError(problem(f"adapter_config.json: {key}", f"{values[0]} in every adapter", values, remedy))

@@ -27,6 +27,9 @@ class Work(Protocol):
     def inside(self, block: Array, low: Any, high: Any) -> tuple[int, Array]:
         """How many magnitudes are above `high`, and those from `low` to it."""
 
+    def inside_and_sums(self, block: Array, low: Any, high: Any) -> tuple[int, Array, tuple[float, float]]:
+        """That, and the sums of whole rows and of their squares."""
+
     def keep(self, block: Array, limit: Any, start: int, positions: Array, signs: Array) -> int:
         """Writes places and signs of magnitudes of `limit` and more."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from fedtune.codecs.plain import BLOCK, ESCAPE, as_bytes
+from fedtune.codecs.plain import BLOCK, ESCAPE, ROW, as_bytes, in_all
 from fedtune.tensors import Array
 
 
@@ -22,12 +22,23 @@ class Compiled:
         self._values = np.empty(BLOCK + 1, dtype)
         self._places = np.empty(BLOCK + 1, np.uint16)
         self._flags = np.empty(BLOCK, np.uint8)
+        self._over, self._columns = np.empty(ROW, np.int32), np.empty((2, ROW), dtype)
         self._unsigned = np.dtype(f"u{dtype.itemsize}")
 
     def inside(self, block: Array, low: Array, high: Array) -> tuple[int, Array]:
         """Counts magnitudes above `high`, and finds those from `low` to it."""
-        above, count = _inside(block, low, high, self._flags, self._flags.view(np.uint64), self._values)
-        return above, self._values[:count].copy()
+        return self._inside(block, low, high, False)
+
+    def inside_and_sums(self, block: Array, low: Array, high: Array) -> tuple[int, Array, tuple[float, float]]:
+        """Does what `inside` does, and sums whole rows and their squares: down the columns, then these in float64."""
+        self._columns[:] = 0
+        return *self._inside(block, low, high, True), in_all(*self._columns)
+
+    def _inside(self, block: Array, low: Array, high: Array, sums: bool) -> tuple[int, Array]:
+        self._over[:] = 0
+        _flag(block, low, high, self._flags, self._over, self._columns, sums)
+        count = _collect(block, self._flags, self._flags.view(np.uint64), self._values)
+        return int(self._over.sum()), self._values[:count].copy()
 
     def keep(self, block: Array, limit: Array, start: int, positions: Array, signs: Array) -> int:
         """Finds magnitudes of `limit` and more, and returns how many; writes start + place, and sign (int8)."""
@@ -71,19 +82,32 @@ def _pack(plane: Any, total: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _inside(block: Any, low: Any, high: Any, flags: Any, eights: Any, out: Any) -> tuple[int, int]:
-    above, count, size = 0, 0, block.shape[0]
-    for i in range(size):
-        magnitude = abs(block[i])
-        above += magnitude > high
-        flags[i] = (magnitude >= low) & (magnitude <= high)
+def _flag(block: Any, low: Any, high: Any, flags: Any, over: Any, columns: Any, sums: bool) -> None:
+    """Marks what is inside, and counts and sums by columns, row by row: a row stays in the first cache."""
+    size = block.shape[0]
+    for start in range(0, size, ROW):
+        row = block[start : start + ROW]
+        if sums and row.shape[0] == ROW:
+            for i in range(ROW):
+                columns[0, i] += row[i]
+                columns[1, i] += row[i] * row[i]
+        for i in range(row.shape[0]):
+            magnitude = abs(row[i])
+            over[i] += magnitude > high
+            flags[start + i] = (magnitude >= low) & (magnitude <= high)
     flags[size : (size + 7) // 8 * 8] = 0
+
+
+@njit(nogil=True, cache=True)
+def _collect(block: Any, flags: Any, eights: Any, out: Any) -> int:
+    """Writes the magnitudes that are marked, eight marks at a time: most are 0."""
+    count, size = 0, block.shape[0]
     for word in range((size + 7) // 8):
         if eights[word]:
             for i in range(8 * word, min(8 * word + 8, size)):
                 out[count] = abs(block[i])
                 count += flags[i]
-    return above, count
+    return count
 
 
 @njit(nogil=True, cache=True)

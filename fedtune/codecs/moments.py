@@ -5,11 +5,8 @@ from math import sqrt
 
 import numpy as np
 
-from fedtune.codecs.plain import BLOCK
+from fedtune.codecs.plain import ROW
 from fedtune.tensors import Array
-
-_SMALL = 1 << 17
-_ROW = 1 << 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +33,23 @@ class Moments:
         return Moments(count, mean, squares)
 
 
-def moments(part: Array) -> Moments:
-    """Computes the moments of one vector; the squares are not finite unless all values are.
+def of_block(block: Array, sums: tuple[float, float] | None) -> Moments:
+    """Computes the moments of a block; the squares are not finite unless all values are.
 
-    The deviation is right to about 1e-14 of itself; that of more than 131072 float32 values to about 1e-8, as rows of
-    2048 are then summed in float32 where nothing cancels.
+    Args:
+        block: one-dimensional, not empty.
+        sums: of the values of its whole rows and of their squares (`plain.sums`), where these may stand for exact ones:
+            the deviation is then right to about 1e-8 of itself, else to 1e-14. They are left aside where squares leave
+            the range of float32 or much would cancel.
     """
-    total = Moments()
-    for at in range(0, part.size, BLOCK):
-        total = total.plus(of_block(part[at : at + BLOCK], part.size))
-    return total
-
-
-def of_block(block: Array, size: int) -> Moments:
-    """Computes the moments of one block of a vector of `size` values."""
-    exact = block.dtype != np.float32 or size <= _SMALL
-    return (None if exact else _quick(block)) or _exact(block)
+    size = block.size // ROW * ROW
+    if sums is None or not size:
+        return _exact(block)
+    mean, squares = sums[0] / size, sums[1]
+    if not (1e-20 * size < squares < 1e30 and mean * mean * size < 1e-2 * squares):
+        return _exact(block)
+    whole = Moments(size, mean, squares - mean * mean * size)
+    return whole.plus(_exact(block[size:])) if size < block.size else whole
 
 
 def _exact(block: Array) -> Moments:
@@ -60,19 +58,3 @@ def _exact(block: Array) -> Moments:
         mean = float(wide.sum()) / wide.size
         wide -= mean
         return Moments(wide.size, mean, float(np.square(wide, out=wide).sum()))
-
-
-def _quick(block: Array) -> Moments | None:
-    """Computes in float32; None where that would lose digits."""
-    rows = block[: block.size // _ROW * _ROW].reshape(-1, _ROW)
-    rest = block[rows.size :].reshape(1, -1)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        mean = sum(_products(part, np.ones_like(part[:1])) for part in (rows, rest)) / block.size
-        squares = sum(_products(part, part) for part in (rows, rest))
-    safe = 1e-20 * block.size < squares < 1e30 and mean * mean * block.size < 1e-2 * squares
-    return Moments(block.size, mean, squares - mean * mean * block.size) if safe else None
-
-
-def _products(left: Array, right: Array) -> float:
-    """Sums the inner products of rows; each is short enough for BLAS to stay in one thread."""
-    return float(np.matmul(left[:, None], right[:, :, None]).sum(dtype=np.float64))

@@ -11,6 +11,8 @@ from fedtune.tensors import Array
 
 BLOCK = 1 << 16
 """Values at a time: places in a block are uint16, and half a megabyte stays in the cache."""
+ROW = 1 << 11
+"""Columns of a block when it is summed."""
 ESCAPE = 255
 _SPELLED = 1 << 16
 _WORD = (1 << 64) - 1
@@ -31,6 +33,13 @@ class Plain:
         over = magnitudes > high
         np.not_equal(np.greater_equal(magnitudes, low), over, out=self._room[: block.size])
         return int(np.count_nonzero(over)), magnitudes.take(self._true(block.size))
+
+    def inside_and_sums(self, block: Array, low: Array, high: Array) -> tuple[int, Array, tuple[float, float]]:
+        """Does what `inside` does, and sums whole rows and their squares: down the columns, then these in float64."""
+        rows = block[: block.size // ROW * ROW].reshape(-1, ROW)
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            down = rows.sum(axis=0), np.square(rows).sum(axis=0)
+        return *self.inside(block, low, high), in_all(*down)
 
     def keep(self, block: Array, limit: Array, start: int, positions: Array, signs: Array) -> int:
         """Finds magnitudes of `limit` and more, and returns how many; writes start + place, and sign (int8)."""
@@ -95,6 +104,11 @@ class Plain:
         more = size // 8 + 1
         self._room[size : size + more] = True
         return self._room[: size + more].nonzero()[0][:-more]
+
+
+def in_all(values: Array, squares: Array) -> tuple[float, float]:
+    """Sums what columns sum to."""
+    return float(values.sum(dtype=np.float64)), float(squares.sum(dtype=np.float64))
 
 
 def as_bytes(quotients: Array) -> Array:

@@ -73,14 +73,16 @@ class Ternary:
             flat = working(tensors[spec.name])
             return flat.astype(np.float64, copy=False) if wide else flat
 
+        if self.scale != "std":
+            check(tensors, manifest, "update")
         flats = [part(spec) for spec in specs]
         picks = self._pick(flats)
-        if self.scale != "std" or not all(isfinite(one.moments.squares) for one in picks):
+        each = [one.moments for one in picks]
+        if not all(isfinite(one.squares) for one in each):
             check(tensors, manifest, "update")
         if self.scale != "std":
             each = [_mean_kept(*item) for item in zip(picks, flats, strict=True)]
-        scales = self._scales(each if self.scale != "std" else [one.moments for one in picks])
-        return [_code(*item) for item in zip(specs, picks, scales, strict=True)]
+        return [_code(*item) for item in zip(specs, picks, self._scales(each), strict=True)]
 
     def _pick(self, flats: Sequence[Array]) -> list[Pick]:
         """Chooses what is kept."""

@@ -8,7 +8,7 @@ case.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import inf, isfinite, sqrt
 
 import numpy as np
 
@@ -73,8 +73,8 @@ def pick(parts: Sequence[Array], count: int, with_moments: bool = False) -> list
     """Keeps the `count` largest magnitudes of the vectors `parts` taken as one; zeros never.
 
     Args:
-        parts: one-dimensional, all of the same dtype. Where a value is not finite, so are the squares of its part's
-            moments, and what is kept has no meaning.
+        parts: one-dimensional, all of the same dtype; finite, unless moments are asked for: then nothing is kept where
+            one is not, and the squares of its part's moments are not finite either.
         count: at least 0. Of equal magnitudes at the edge the first are kept.
         with_moments: whether to compute them.
     """
@@ -83,6 +83,8 @@ def pick(parts: Sequence[Array], count: int, with_moments: bool = False) -> list
     some = 0 < count < size
     low, high = _bracket(parts, count, size) if some and size > _SMALL else (0.0 if some else inf, inf)
     seen = [_see(part, low, high, how, with_moments) for part in parts]
+    if not all(isfinite(one.moments.squares) for one in seen):
+        return [Pick(0, np.zeros(0, np.int8), np.zeros(0, np.int32), one.moments) for one in seen]
     cut = _cut(seen, count) if some else _Cut(0.0 if count else inf)
     if cut is None:
         seen = [_see(part, 0.0, inf, how, with_moments) for part in parts]
@@ -107,11 +109,15 @@ def _bracket(parts: Sequence[Array], count: int, size: int) -> tuple[float, floa
 def _see(part: Array, low: float, high: float, how: Work, with_moments: bool) -> _Seen:
     low, high = part.dtype.type(low), part.dtype.type(high)
     above, inside, total = 0, [], Moments()
+    quick = with_moments and part.size > _SMALL and part.dtype == np.float32
     for at in range(0, part.size, BLOCK):
-        block = part[at : at + BLOCK]
+        block, sums = part[at : at + BLOCK], None
+        if quick:
+            over, found, sums = how.inside_and_sums(block, low, high)
+        else:
+            over, found = how.inside(block, low, high)
         if with_moments:
-            total = total.plus(of_block(block, part.size))
-        over, found = how.inside(block, low, high)
+            total = total.plus(of_block(block, sums))
         above += over
         inside.append(found)
     return _Seen(above, inside, total)

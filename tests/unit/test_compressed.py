@@ -85,6 +85,28 @@ def test_a_full_fine_tune_is_compressed_against_its_base(tmp_path):
         decompress(tmp_path / "small", tmp_path / "other")
 
 
+@pytest.mark.parametrize("codec", [KEEP_ALL, ere(3), delta_come(3)])
+def test_scalars_and_empty_tensors_of_a_fine_tune_survive(tmp_path, codec):
+    for name, change in (("base", 0.0), ("tuned", 0.5)):
+        (tmp_path / name).mkdir()
+        weights = {"s": np.array(2 + change, np.float32), "e": np.zeros((0, 3), np.float32), "n": np.arange(3)}
+        save_file(weights, tmp_path / name / "model.safetensors")
+    compress(tmp_path / "tuned", tmp_path / "small", codec, base=tmp_path / "base")
+    decompress(tmp_path / "small", tmp_path / "back", base=tmp_path / "base")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert (back["s"].shape, back["e"].shape) == ((), (0, 3))
+    assert back["s"] == 2.5
+    assert back["n"].tolist() == [0, 1, 2]
+
+
+def test_values_that_are_not_finite_are_refused_before_balancing(tmp_path):
+    factors = {name: np.full_like(array, np.nan) for name, array in lora(tmp_path / "a").items()}
+    save_peft(tmp_path / "nan", factors, rank=4, alpha=8, base_model="tiny")
+    with pytest.raises(WireError, match="finite"):
+        compress(tmp_path / "nan", tmp_path / "small", Ternary())
+    assert not (tmp_path / "small").exists()
+
+
 def full_fine_tune(folder):
     """A base, and a fine-tune that moved its matrix along three directions."""
     rng = np.random.Generator(np.random.Philox(2))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedtune.codecs.backend import using
-from fedtune.codecs.moments import Moments, moments
+from fedtune.codecs.moments import Moments
 from fedtune.codecs.top import kept_count, pick, working
 
 FEW_VALUES = st.sampled_from([-2.0, -1.0, -0.0, 0.0, 0.5, 1.0, 2.0])
@@ -45,6 +45,11 @@ def test_ties_are_kept_from_the_first_and_zeros_never(values, data):
 
 
 LARGE = 300_001
+
+
+def moments(values, way="numpy"):
+    with using(way):
+        return pick([values], 1, with_moments=True)[0].moments
 
 
 def large(kind):
@@ -108,6 +113,19 @@ def test_the_deviation_of_a_large_vector_far_from_zero_is_exact():
 def test_the_deviation_keeps_its_digits_at_every_magnitude(scale):
     values = (np.random.Generator(np.random.Philox(4)).normal(size=LARGE) * scale).astype(np.float32)
     assert moments(values).std == pytest.approx(values.astype(np.float64).std(ddof=1), rel=3e-8)
+    assert moments(values, "numba") == moments(values)
+
+
+@pytest.mark.parametrize("way", ["numpy", "numba"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("size", [5, LARGE])
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_squares_are_not_finite_where_a_value_is_not(way, value, size, count):
+    values = np.ones(size, np.float32)
+    values[size // 2 :] = value
+    with using(way):
+        (one,) = pick([values], count, with_moments=True)
+    assert not np.isfinite(one.moments.squares)
 
 
 def test_one_value_has_no_deviation():
