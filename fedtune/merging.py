@@ -12,6 +12,7 @@ of a LoRA adapter goes onto A and onto B as its square root, so all but `stack` 
 weight takes away what an adapter learned; an average has none.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import copysign, sqrt
@@ -24,6 +25,7 @@ from fedtune.errors import ConfigError, ModelError, problem
 from fedtune.tensors import Array, Tensors
 
 METHODS = ("ties", "task-arithmetic", "dare", "breadcrumbs", "average", "stack")
+_A, _B = (re.compile(rf"\.lora_({side}\.|embedding_{side}$)") for side in "AB")
 _LARGEST = 0.01  # share of the largest magnitudes that breadcrumbs drops
 
 
@@ -121,9 +123,9 @@ def _merged(name: str, changes: Sequence[Tensors], weights: Sequence[float], how
 
 def _of_factor(name: str, weight: float) -> float:
     """The part of an adapter's weight that goes onto this tensor: a minus onto A alone."""
-    if ".lora_A." in name:
+    if _A.search(name):
         return copysign(sqrt(abs(weight)), weight)
-    return sqrt(abs(weight)) if ".lora_B." in name else weight
+    return sqrt(abs(weight)) if _B.search(name) else weight
 
 
 def _breadcrumbs(arrays: list[torch.Tensor], weights: torch.Tensor, density: float) -> torch.Tensor:

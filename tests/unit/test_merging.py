@@ -62,13 +62,16 @@ def test_dare_is_unbiased_and_follows_its_seed():
     assert one.mean() == pytest.approx(2, abs=0.05)
 
 
-def test_a_lora_weight_is_shared_between_a_and_b():
+@pytest.mark.parametrize(
+    "names", [("m.lora_A.weight", "m.lora_B.weight"), ("m.lora_embedding_A", "m.lora_embedding_B")]
+)
+def test_a_lora_weight_is_shared_between_a_and_b(names):
     rng = np.random.Generator(np.random.Philox(2))
-    one = {f"m.lora_{f}.weight": rng.normal(size=s).astype(np.float32) for f, s in (("A", (2, 5)), ("B", (4, 2)))}
+    one = {name: rng.normal(size=s).astype(np.float32) for name, s in zip(names, ((2, 5), (4, 2)), strict=True)}
     for weight in (4.0, -4.0):
         out = merge([one, {n: 0 * a for n, a in one.items()}], Merge(method="task-arithmetic", weights=(weight, 1)))
-        a, b = out["m.lora_A.weight"], out["m.lora_B.weight"]
-        np.testing.assert_allclose(b @ a, weight * one["m.lora_B.weight"] @ one["m.lora_A.weight"], rtol=1e-5)
+        a, b = (out[name] for name in names)
+        np.testing.assert_allclose(b @ a, weight * one[names[1]] @ one[names[0]], rtol=1e-5)
 
 
 def test_the_torch_generator_is_left_alone():
