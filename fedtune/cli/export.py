@@ -10,10 +10,8 @@ import typer
 
 from fedtune.cli.card import card, loadable
 from fedtune.cli.console import out
-from fedtune.compressed import TERNARY, plain
 from fedtune.errors import ConfigError, ModelError, StorageError, problem
 from fedtune.installed import need_training
-from fedtune.weights import make_all_readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +45,7 @@ def export(
     * `fedtune export runs/demo model --merge --dtype bfloat16`
     * `fedtune export runs/demo mine --own runs/demo/clients/client-00`
     """
+    from fedtune.compressed import plain
     from fedtune.personal import MEMORY, own_adapter
 
     found = find_adapter(source, round_)
@@ -92,6 +91,8 @@ def find_adapter(source: Path, number: int = 0) -> Path:
         return source / "final"
     if found:
         return found[max(found)]
+    from fedtune.compressed import TERNARY
+
     want = "a run folder with a closed round, or a PEFT or compressed adapter folder"
     if (source / TERNARY).exists():
         raise ModelError(problem(str(source), want, "a compressed model", "Use fedtune decompress with --base"))
@@ -122,6 +123,8 @@ def base_of(adapter: Path) -> str:
 
 
 def _copy(adapter: Path, target: Path, base: str) -> None:
+    from fedtune.weights import make_all_readable
+
     target.mkdir(parents=True, exist_ok=True)
     for name in _ADAPTER:
         shutil.copyfile(adapter / name, target / name)
@@ -150,6 +153,8 @@ def _merge(adapter: Path, target: Path, base: str, dtype: str) -> None:
 
 
 def _save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", target: Path) -> None:
+    from fedtune.weights import make_all_readable
+
     model.save_pretrained(target)
     make_all_readable(target)
     tokenizer.save_pretrained(target)
