@@ -22,23 +22,20 @@ class Compiled:
         self._values = np.empty(BLOCK + 1, dtype)
         self._places = np.empty(BLOCK + 1, np.uint16)
         self._flags = np.empty(BLOCK, np.uint8)
-        self._over, self._columns = np.empty(ROW, np.int32), np.empty((2, ROW), dtype)
+        self._columns = np.empty((2, ROW), dtype)
         self._unsigned = np.dtype(f"u{dtype.itemsize}")
 
     def inside(self, block: Array, low: Array, high: Array) -> tuple[int, Array]:
         """Counts magnitudes above `high`, and finds those from `low` to it."""
-        return self._inside(block, low, high, False)
+        above = _flag(block, low, high, self._flags)
+        count = _collect(block, self._flags, self._flags.view(np.uint64), self._values)
+        return above, self._values[:count].copy()
 
     def inside_and_sums(self, block: Array, low: Array, high: Array) -> tuple[int, Array, tuple[float, float]]:
         """Does what `inside` does, and sums whole rows and their squares: down the columns, then these in float64."""
         self._columns[:] = 0
-        return *self._inside(block, low, high, True), in_all(*self._columns)
-
-    def _inside(self, block: Array, low: Array, high: Array, sums: bool) -> tuple[int, Array]:
-        self._over[:] = 0
-        _flag(block, low, high, self._flags, self._over, self._columns, sums)
-        count = _collect(block, self._flags, self._flags.view(np.uint64), self._values)
-        return int(self._over.sum()), self._values[:count].copy()
+        _sum(block[: block.size // ROW * ROW], *self._columns)
+        return *self.inside(block, low, high), in_all(*self._columns)
 
     def keep(self, block: Array, limit: Array, start: int, positions: Array, signs: Array) -> int:
         """Finds magnitudes of `limit` and more, and returns how many; writes start + place, and sign (int8)."""
@@ -82,20 +79,25 @@ def _pack(plane: Any, total: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _flag(block: Any, low: Any, high: Any, flags: Any, over: Any, columns: Any, sums: bool) -> None:
-    """Marks what is inside, and counts and sums by columns, row by row: a row stays in the first cache."""
-    size = block.shape[0]
-    for start in range(0, size, ROW):
+def _sum(block: Any, values: Any, squares: Any) -> None:
+    """Adds to columns row by row: a row stays in the first cache, and a loop that writes one array is vectorised."""
+    for start in range(0, block.shape[0], ROW):
         row = block[start : start + ROW]
-        if sums and row.shape[0] == ROW:
-            for i in range(ROW):
-                columns[0, i] += row[i]
-                columns[1, i] += row[i] * row[i]
-        for i in range(row.shape[0]):
-            magnitude = abs(row[i])
-            over[i] += magnitude > high
-            flags[start + i] = (magnitude >= low) & (magnitude <= high)
+        for i in range(ROW):
+            values[i] += row[i]
+        for i in range(ROW):
+            squares[i] += row[i] * row[i]
+
+
+@njit(nogil=True, cache=True)
+def _flag(block: Any, low: Any, high: Any, flags: Any) -> int:
+    above, size = 0, block.shape[0]
+    for i in range(size):
+        magnitude = abs(block[i])
+        above += magnitude > high
+        flags[i] = (magnitude >= low) & (magnitude <= high)
     flags[size : (size + 7) // 8 * 8] = 0
+    return above
 
 
 @njit(nogil=True, cache=True)
