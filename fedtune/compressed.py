@@ -24,13 +24,14 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from fedtune.balance import balance
 from fedtune.codecs.spectral import Spectral
 from fedtune.codecs.ternary import Ternary
 from fedtune.errors import ConfigError, ModelError, StorageError, WireError, problem
 from fedtune.tensors import DTYPES, Array, Manifest, Tensors, TensorSpec, check
+from fedtune.weights import save_weights
 
 MAGIC = b"FEDTERN1"
 WEIGHTS = "adapter_model.safetensors"
@@ -93,7 +94,7 @@ def decompress(source: Path, target: Path, *, base: Path | None = None) -> None:
     new_folder(target)
     _copy_rest(source, target)
     name = WEIGHTS if (source / CONFIG).exists() else "model.safetensors"
-    _save(target / name, lambda file: save_file(weights, file, metadata={"format": "pt"}))
+    _save(target / name, lambda file: save_weights(file, weights, {"format": "pt"}))
 
 
 @contextmanager
@@ -112,7 +113,7 @@ def save_merged(like: Path, target: Path, change: Tensors) -> None:
     weights = _added(change, _reference(like, change, None))
     new_folder(target)
     _copy_rest(like, target)
-    _save(target / WEIGHTS, lambda file: save_file(weights, file, metadata={"format": "pt"}))
+    _save(target / WEIGHTS, lambda file: save_weights(file, weights, {"format": "pt"}))
 
 
 def restore(source: Path, base: Path | None = None) -> dict[str, Array]:

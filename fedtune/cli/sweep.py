@@ -58,10 +58,10 @@ def _factors(source: Path, data: bytes) -> dict[str, Array]:
     """Reads compressed bytes as `load_peft` reads a folder."""
     from tempfile import TemporaryDirectory
 
-    from safetensors.numpy import save_file
+    from fedtune.weights import save_weights
 
     with TemporaryDirectory() as folder:
         copy = Path(folder)
         (copy / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
-        save_file(read(data), copy / "adapter_model.safetensors")
+        save_weights(copy / "adapter_model.safetensors", read(data))
         return load_peft(copy)

@@ -1,6 +1,7 @@
 """Compressed folders: LoRA, IA3 and full fine-tunes go in and come back; damaged files are refused in words."""
 
 import json
+import os
 import zlib
 
 import numpy as np
@@ -9,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.codecs.spectral import delta_come, ere
 from fedtune.codecs.ternary import Ternary
-from fedtune.compressed import MAGIC, TERNARY, compress, decompress, load_weights, read, write
+from fedtune.compressed import MAGIC, TERNARY, compress, decompress, load_weights, read, save_merged, write
 from fedtune.errors import ConfigError, ModelError, WireError
 from fedtune.lora import load_peft, save_peft
 
@@ -43,6 +44,20 @@ def test_a_lora_adapter_comes_back_as_one_that_loads(tmp_path):
         assert one @ two > 0.6 * np.linalg.norm(one) * np.linalg.norm(two)
     config = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
     assert config == json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+
+
+def test_what_is_written_can_be_read_as_the_umask_says(tmp_path):
+    lora(tmp_path / "a")
+    before = os.umask(0o022)
+    try:
+        compress(tmp_path / "a", tmp_path / "small", Ternary())
+        decompress(tmp_path / "small", tmp_path / "back")
+        save_merged(tmp_path / "a", tmp_path / "merged", load_weights(tmp_path / "a"))
+    finally:
+        os.umask(before)
+    files = [file for name in ("small", "back", "merged") for file in (tmp_path / name).iterdir()]
+    assert {file.suffix for file in files} == {".json", ".ternary", ".safetensors"}
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o644}
 
 
 def test_balance_saves_what_the_noise_in_a_would_drown(tmp_path):
