@@ -7,6 +7,7 @@ embeddings (whose I is the number of tokens) I x O.
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 
 import numpy as np
 import torch
@@ -98,7 +99,11 @@ def change(module: nn.Module, a_ri: Array, b_or: Array) -> torch.Tensor:
 
 
 def linear(model: PreTrainedModel, layer: str) -> nn.Module:
-    """Finds a linear layer, or an embedding, by its dotted name; raises ModelError when there is none."""
+    """Finds a linear layer, or an embedding, by its dotted name.
+
+    Raises:
+        ModelError: there is none, or it is a table that is not looked up by tokens alone (OPT's `embed_positions`).
+    """
     try:
         module: nn.Module = model.get_submodule(layer)
     except AttributeError as error:
@@ -106,6 +111,9 @@ def linear(model: PreTrainedModel, layer: str) -> nn.Module:
     want = "an embedding" if is_table(layer) else "a linear layer"
     if not isinstance(module, nn.Embedding if is_table(layer) else nn.Linear | Conv1D):
         raise ModelError(problem(f"layer {layer}", want, type(module).__name__))
+    if is_table(layer) and len(signature(type(module).forward).parameters) != 2:
+        why = "PEFT hands it indices, and it takes other things too"
+        raise ModelError(problem(f"layer {layer}", "an embedding that takes indices", type(module).__name__, why))
     return module
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
 from fedtune.base import open_base
 from fedtune.errors import ModelError
@@ -154,3 +155,10 @@ def test_a_layer_that_is_called_like_an_embedding_and_is_none_is_refused(llama):
     llama.model.layers[0].embed_more = torch.nn.Linear(3, 3)
     with pytest.raises(ModelError, match=r"layer model.layers.0.embed_more: expected an embedding, got Linear"):
         linear(llama, "model.layers.0.embed_more")
+
+
+def test_a_table_that_takes_more_than_indices_is_refused(llama):
+    """OPT finds its positions by the attention mask; PEFT's layer would look them up by that."""
+    llama.model.embed_positions = OPTLearnedPositionalEmbedding(8, 4)
+    with pytest.raises(ModelError, match=r"model.embed_positions: expected an embedding that takes indices, got OPTL"):
+        linear(llama, "model.embed_positions")
