@@ -105,4 +105,5 @@ class _Beside:
         table = isinstance(module, nn.Embedding)
         down = [a.T[inputs[0]] if table else inputs[0].float() @ a.T for a, _ in self._pairs]
         change = torch.stack([x @ b.T for x, (_, b) in zip(down, self._pairs, strict=True)]).sum(0)
-        return output + change.to(output.dtype)
+        scale = getattr(module, "embed_scale", 1.0)  # Gemma 3 multiplies what it has looked up
+        return output + (change * scale).to(output.dtype)

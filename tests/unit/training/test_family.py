@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
 from fedtune.base import open_base
@@ -134,12 +135,15 @@ def test_a_token_nobody_trained_on_stays_where_it_is(llama, tmp_path):
     assert change[:250].any()
 
 
-def test_merging_beside_a_quantised_embedding_adds_what_merging_into_it_would(llama):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_merging_beside_a_quantised_embedding_adds_what_merging_into_it_would(llama, scaled):
     rng = np.random.Generator(np.random.Philox(key=1))
     factors = {
         "model.embed_tokens/A": rng.normal(0, 0.1, (2, 257)).astype(np.float32),
         "model.embed_tokens/B": rng.normal(0, 0.1, (64, 2)).astype(np.float32),
     }
+    if scaled:
+        llama.model.embed_tokens = Gemma3TextScaledWordEmbedding(257, 64, 0, embed_scale=8.0)
     table = llama.model.embed_tokens
     base = MergedBase(llama)
     base.merge(factors)
@@ -147,7 +151,7 @@ def test_merging_beside_a_quantised_embedding_adds_what_merging_into_it_would(ll
     base.reset()
     beside = _Beside(table)
     beside.add(factors["model.embed_tokens/A"], factors["model.embed_tokens/B"])
-    assert torch.allclose(table(_IDS), want, atol=1e-6)
+    assert torch.allclose(table(_IDS), want, atol=1e-5)
     beside.hook.remove()
 
 
