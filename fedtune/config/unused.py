@@ -15,4 +15,4 @@ def unused(config: Config) -> str:
     found = [name for name in names if getattr(config.training, name) != getattr(usual, name)]
     if not found:
         return ""
-    return f"{', '.join(f'training.{name}' for name in found)}: not used by {method.name}, whose keys are in [method]"
+    return f"{', '.join(f'training.{name}' for name in found)}: not used by {method.name}; see its own in [method]"

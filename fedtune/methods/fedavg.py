@@ -44,6 +44,7 @@ class FedAvg(Method):
     """
 
     name: ClassVar[str] = "fedavg"
+    unused: ClassVar[tuple[str, ...]] = ("lora_plus",)
 
     target_modules: tuple[str, ...] = Field(default=(ALL,), min_length=1)
     uplink: Link = Compression()

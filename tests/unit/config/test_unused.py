@@ -16,7 +16,7 @@ def _said(method, **training):
 
 def test_what_a_method_without_gradients_does_not_use_is_named():
     said = _said("fedkseed", steps=4, learning_rate=1e-3, batch_size=2, max_length=64)
-    assert said == "training.steps, training.learning_rate: not used by fedkseed, whose keys are in [method]"
+    assert said == "training.steps, training.learning_rate: not used by fedkseed; see its own in [method]"
 
 
 def test_every_key_is_known_to_be_used_or_not():
@@ -34,3 +34,8 @@ def test_nothing_is_said_of_defaults(name):
 
 def test_methods_with_gradients_use_all_of_it():
     assert _said("flora", steps=4, learning_rate=1e-3, prox_mu=0.1, schedule="cosine") == ""
+
+
+def test_a_rate_of_b_is_for_methods_that_have_one():
+    assert _said("fedavg", lora_plus=4.0).startswith("training.lora_plus: not used by fedavg")
+    assert _said("ffa-lora", lora_plus=4.0) == ""
