@@ -100,6 +100,8 @@ class FLoRA(Method):
         if not self.downlink.exact and (self.start == "warm" or self.rank_budget):
             what = "start = 'warm'" if self.start == "warm" else "rank_budget"
             raise ValueError(f"downlink: {what} sends all rounds anew after each, and would round them anew each time")
+        if self.warm_length == "fresh" and self.start == "fresh":
+            raise ValueError("warm_length: 'fresh' says how a warm start begins, so it needs start = 'warm'")
         outer = self.server_optimizer
         if not outer.is_linear:
             why = "needs the square of every entry of B A, which a stack does not have: use momentum or nesterov"

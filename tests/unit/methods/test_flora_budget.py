@@ -176,6 +176,7 @@ def test_a_budget_that_might_not_do_is_refused_at_the_start(base):
         ({"energy": 0.0}, "energy"),
         ({"rank_budget": -1}, "rank_budget"),
         ({"start": "hot"}, "start"),
+        ({"warm_length": "fresh"}, "needs start = 'warm'"),
         ({"server_optimizer": "adam"}, "square of every entry"),
         ({"server_optimizer": "momentum"}, "needs rank_budget"),
         ({"server_optimizer": "sgdm"}, "server_optimizer"),
