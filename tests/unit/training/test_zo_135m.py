@@ -80,8 +80,29 @@ def test_one_digest_for_threads_blocks_and_backends(monkeypatch, tmp_path):
     _check_two_tiles(c, base, first, rebuilt, tmp_path)
 
 
+@pytest.mark.slow
+def test_numpy_gives_the_digest_of_the_whole_model(monkeypatch):
+    """Two seeds in use, over all 135 M weights: the reference walks over the weights once for each."""
+    held, c = SeedModel(_base()), _coefficients(2)
+    want = held.replay(POOL, c, 40)
+
+    class ByNumpy:
+        """A few tiles at a time: the reference computes four words a weight, as int64."""
+
+        @staticmethod
+        def replay(pool, c, exponent, base, first, out):
+            for start in range(0, len(base), 16 * TILE):
+                span = slice(start, start + 16 * TILE)
+                reference.replay(pool, c, exponent, base[span], first + start, out[span])
+
+    held.reset()
+    base = held.digest()
+    monkeypatch.setattr(seeded, "backend", lambda _: ByNumpy)
+    assert held.replay(POOL, c, 40) == want != base
+
+
 def _check_two_tiles(c, base, first, rebuilt, tmp_path):
-    """numpy and Triton's interpreter are too slow for 135 M weights: two tiles of one tensor."""
+    """numpy with all seeds and Triton's interpreter are too slow for 135 M weights: two tiles of one tensor."""
     want = np.empty_like(base)
     reference.replay(POOL, c, 40, base, first, want)
     assert want.tobytes() == rebuilt[: 2 * TILE].tobytes()
