@@ -63,7 +63,9 @@ def decode(reader: Reader, sizes: Sequence[int], counts: Sequence[int]) -> list[
             bits = packed[used : used + part.size * shift].reshape(part.size, shift)
             part = (part << shift) + (bits @ (1 << np.arange(shift, dtype=np.int64)))
             used += bits.size
-        places.append(np.cumsum(part + 1) - 1)
+        part += 1
+        part[0] -= 1
+        places.append(np.cumsum(part, out=part))
         if int(places[-1][-1]) >= size:
             raise WireError(problem("gaps", f"places below {size}", "others"))
     return places

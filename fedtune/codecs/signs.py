@@ -7,6 +7,8 @@ import numpy as np
 from fedtune.codecs.gaps import Positions, Signs
 from fedtune.tensors import DTYPES, Array, TensorSpec
 
+_BLOCK = 1 << 15
+
 
 @dataclass(frozen=True, slots=True)
 class Code:
@@ -61,12 +63,14 @@ class Code:
 
         Guarantees: the same bits as adding `factor * scale`, computed in float64, to each kept value in turn.
         """
-        flat = total.reshape(-1)
-        step = np.array([0, factor * self.scale, -factor * self.scale]).astype(total.dtype)
-        if self.positions is None:
-            flat += step[self.signs]
-        else:
-            flat[self.positions] += step[self.signs]
+        flat, step = total.reshape(-1), np.asarray(factor * self.scale).astype(total.dtype)
+        places = self.positions
+        for at in range(0, self.signs.size, _BLOCK):
+            change = self.signs[at : at + _BLOCK].astype(total.dtype) * step  # signs times a number: exact
+            if places is None:
+                flat[at : at + _BLOCK] += change
+            else:
+                flat[places[at : at + _BLOCK]] += change
         if not np.may_share_memory(flat, total):
             total[...] = flat.reshape(total.shape)
 

@@ -46,13 +46,15 @@ def _pack(signs: Signs, how: Work) -> Array:
     return packed
 
 
-def _unpack(rest: Array, size: int) -> Signs:
-    signs = np.empty((DIGITS, rest.size), np.int8)
-    for plane in signs:
-        quotient = rest // np.uint8(_BASE)
-        digit = rest - quotient * np.uint8(_BASE)
-        np.subtract(digit & 1, digit >> 1, out=plane.view(np.uint8))  # 0, 1, 2 become 0, 1, -1
-        rest = quotient
+def _unpack(packed: Array, size: int) -> Signs:
+    signs = np.empty((DIGITS, packed.size), np.int8)
+    for at in range(0, packed.size, _BLOCK):
+        rest = packed[at : at + _BLOCK]
+        for plane in signs[:, at : at + _BLOCK]:
+            quotient = rest // np.uint8(_BASE)
+            digit = rest - quotient * np.uint8(_BASE)
+            np.subtract(digit & 1, digit >> 1, out=plane.view(np.uint8))  # 0, 1, 2 become 0, 1, -1
+            rest = quotient
     flat = signs.reshape(-1)
     if flat[size:].any():
         raise WireError(problem("trits", "padding of 0", "something else"))
