@@ -47,7 +47,8 @@ class FedSALoRA(Method):
 
     def init(self, base: BaseModel, seed: int) -> Tensors:
         """Draws A from `seed`; of B there is only the shape."""
-        drawn = averaging.drawn(base, self.target_modules, self.rank, self.dtype, seed)
+        why = "The B of an embedding is drawn, by each client anew, and As beside unlike Bs have no mean worth having"
+        drawn = averaging.drawn(base, self.target_modules, self.rank, self.dtype, seed, why)
         return personal.withheld(drawn, ["lora_B"])
 
     def admit(self, member: Member) -> Member:

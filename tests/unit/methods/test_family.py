@@ -179,15 +179,15 @@ def test_embeddings_are_averaged_exactly(name, family):
 
 def test_embeddings_begin_as_peft_draws_them(family, method):
     method = type(method)(rank=3, target_modules=("embed_tokens",))
-    if method.name in ("ffa-lora", "rolora"):
-        with pytest.raises(ConfigError, match=r"got m.embed_tokens. The A of an embedding begins at zero"):
+    if method.name in ("fedsa-lora", "ffa-lora", "rolora"):
+        with pytest.raises(ConfigError, match=r"got m.embed_tokens. The (A of an embedding begins at zero|B .* drawn)"):
             _with_table(family, method)
         return
     state = _with_table(family, method)
     if method.name in ("flora", "florist"):
         return  # each client draws its own
     assert not state[f"{TABLE}/A"].any()
-    assert method.name == "fedsa-lora" or 0.5 < state[f"{TABLE}/B"].std() < 1.5
+    assert 0.5 < state[f"{TABLE}/B"].std() < 1.5
 
 
 def test_what_flexlora_has_no_component_for_can_still_be_learned(family):
