@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedtune import rules
 from fedtune.capability import Capability, planned
 from fedtune.config import Config, Shared
+from fedtune.config.unused import unused
 from fedtune.errors import ConfigError, FedtuneError, ProtocolError, RoundError, problem
 from fedtune.flower.late import Late
 from fedtune.flower.messages import content
@@ -171,6 +172,8 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
         """Says what will be run."""
         method, count = self._shared.method.name, self._config.rounds.count
         self._event("ready", f"{method}, {count} rounds, settings {self._shared.digest()[:12]}")
+        if said := unused(self._config):
+            self._event("note", f"note: {said}", said=said)
 
     def _run(self, roster: Roster, count: int) -> Result:
         self.summary()

@@ -3,6 +3,7 @@
 import csv
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from loop_grid import FULL, KEEPING, SEEDED, LoopGrid, changed, events, fixed
 
 from fedtune.base import open_base
 from fedtune.config import Shared
+from fedtune.config.unused import unused
 from fedtune.directions import cpu
 from fedtune.errors import ConfigError, FedtuneError, RoundError
 from fedtune.flower.messages import as_array, content, read_array
@@ -24,6 +26,7 @@ from fedtune.flower.packets import LACK, UPDATE, pack, unpack
 from fedtune.flower.record import RunFolder
 from fedtune.flower.settings import read_identity
 from fedtune.flower.station import Station
+from fedtune.flower.strategy import FedtuneStrategy
 from fedtune.method import Member
 from fedtune.methods import METHODS
 from fedtune.report.record import collect
@@ -93,6 +96,23 @@ def test_a_round_of_fedkseed_costs_18_kilobytes_each_way_at_most(made, monkeypat
         total = sum(r["bytes"] for r in rows if (r["round"], r["client"], r["direction"]) == (number, client, way))
         assert 1600 < total <= 18_000
     assert len(rows) == 3 * 3 * 4
+
+
+def test_keys_that_the_method_does_not_use_are_named(made, tmp_path, capsys):
+    config, _, strategy, _ = made(method="fedkseed")
+    strategy.summary()
+    assert "not used" not in capsys.readouterr().err
+    other = replace(
+        config,
+        training=replace(config.training, learning_rate=1e-2),
+        run=replace(config.run, folder=tmp_path / "other"),
+    )
+    record = RunFolder(other.run.folder, Shared.of(other))
+    FedtuneStrategy(other, open_base(Path(config.model.name)), record).summary()
+    said = unused(other)
+    assert said.startswith("training.learning_rate: not used by fedkseed")
+    assert f"fedtune: note: {said}\n" in capsys.readouterr().err
+    assert [event["said"] for event in events(other, "note")] == [said]
 
 
 def test_nodes_at_the_same_version_share_one_array(made):
