@@ -14,7 +14,7 @@ from fedtune.tensors import Tensors
 
 def save_weights(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> None:
     """Writes arrays, which need not be contiguous, as a safetensors file."""
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path, dict(metadata or {}))
+    save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, path, dict(metadata or {}))
     make_readable(path)
 
 

@@ -27,6 +27,8 @@ def test_the_mode_is_what_the_umask_says(tmp_path, umask, mode):
 
 def test_values_come_back_whatever_their_layout(tmp_path):
     arrays = {"t": np.arange(6.0).reshape(2, 3).T, "b": np.ones((2, 2), ml_dtypes.bfloat16), "e": np.zeros((0, 3))}
+    arrays["scalar"] = np.array(3.0)
     save_weights(tmp_path / "w.safetensors", arrays, {"format": "pt"})
     back = load_file(tmp_path / "w.safetensors")
+    assert {name: array.shape for name, array in back.items()} == {name: array.shape for name, array in arrays.items()}
     assert all(np.array_equal(back[name], array) for name, array in arrays.items())
