@@ -317,6 +317,17 @@ def test_only_the_smallest_weights_of_the_base_move(dtype):
         assert changed.sum() > 0.9 * smallest.sum() or len(sizes) < 100
 
 
+def _slope(model, held, bench):
+    """The loss's gradient along direction 9, by backpropagation through PEFT's adapter."""
+    with injected(model, held.spec, held.factors()) as adapter:
+        bench.scorer(next(iter(bench.plan().batches(4)[1]))[0]).mean().backward()
+        first = layout({name: weight.numel() for name, weight in adapter.weights.items()})
+        return sum(
+            float(w.grad.numpy().ravel() @ reference.direction(POOL, 9, first[name], w.numel()))
+            for name, w in adapter.weights.items()
+        )
+
+
 def test_an_adapter_moves_alone_and_both_looks_share_the_base():
     model = _model()
     spec = LoraSpec(("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"), 4, 8.0)
@@ -325,18 +336,12 @@ def test_an_adapter_moves_alone_and_both_looks_share_the_base():
     assert held.replay(POOL, np.zeros(256, np.int32), 30) == start
     moved = held.replay(POOL, _coefficients(POOL), 24)
     assert moved != start
-    bench, factors = _bench(model), held.factors()
+    bench = _bench(model)
     with torch.inference_mode(), held.walk(POOL) as lines:
         assert len(lines) == 4
         assert zo.how(bench.scorer, lines) == "together"
     scalars, _ = zo.fit_seeds(bench, held, POOL, np.array([9], np.int32), ZeroOrder(1, 1, 1e-2, 1e-3), 4)
-    with injected(model, spec, factors) as adapter:
-        bench.scorer(next(iter(bench.plan().batches(4)[1]))[0]).mean().backward()
-        first = layout({name: weight.numel() for name, weight in adapter.weights.items()})
-        slope = sum(
-            float(w.grad.numpy().ravel() @ reference.direction(POOL, 9, first[name], w.numel()))
-            for name, w in adapter.weights.items()
-        )
+    slope = _slope(model, held, bench)
     assert scalars[0] == pytest.approx(slope, abs=2e-4)
     assert abs(slope) > 1e-3
     assert (held.digest(), _hash(model)) == (moved, before)
@@ -349,6 +354,24 @@ def test_an_adapter_moves_alone_and_both_looks_share_the_base():
     with torch.no_grad():
         assert torch.allclose(model(ids).logits, want, atol=1e-5)
     merged.reset()
+    assert _hash(model) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [
+        (_model, ("model.embed_tokens", "model.layers.0.self_attn.q_proj")),
+        (_gpt2, ("transformer.wpe", "transformer.wte")),
+    ],
+)
+def test_an_adapter_on_embeddings_is_tuned_along_its_directions(make, layers):
+    model = make()
+    before, held, bench = _hash(model), SeedAdapter(model, LoraSpec(layers, 2, 4.0), 5), _bench(model)
+    held.replay(POOL, _coefficients(POOL), 24)
+    scalars, _ = zo.fit_seeds(bench, held, POOL, np.array([9], np.int32), ZeroOrder(1, 1, 1e-3, 1e-3), 4)
+    slope = _slope(model, held, bench)
+    assert scalars[0] == pytest.approx(slope, rel=0.03, abs=1e-3)
+    assert abs(slope) > 5e-3
     assert _hash(model) == before
 
 
