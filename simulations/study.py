@@ -27,6 +27,7 @@ another --out. `--one-process` runs them as the plain loop instead (`oneprocess.
     file = "bytes.png"
     x = "bytes"                     # of one client, up and down; or "up", "round", "seconds"
     arms = ["flora"]                # none means all
+    below = true                    # by how much the loss fell, each seed beside its own base
 """
 
 import argparse
@@ -69,12 +70,17 @@ class Arm:
 
 @dataclass(frozen=True)
 class Plot:
-    """One picture: held-out loss against `x`, a line an arm."""
+    """One picture: held-out loss against `x`, a line an arm; or how far it lies below the base's."""
 
     file: str
     x: str
     arms: tuple[str, ...] = ()
     log: bool = False
+    below: bool = False
+
+    def heights(self, row: "Row") -> list[float]:
+        """What is drawn at the base and after each round."""
+        return [row.path[0] - loss for loss in row.path] if self.below else row.path
 
 
 @dataclass(frozen=True)
@@ -205,18 +211,23 @@ def mean_of(rows: list[Row]) -> Row:
 
 
 def table(arms: list[Arm], rows: list[Row]) -> str:
-    """Markdown, one line an arm: mean and standard deviation over seeds; bytes of one client over the whole run."""
+    """Markdown, one line an arm: mean and standard deviation over seeds; bytes of one client over the whole run.
+
+    "Below base" is how far the loss fell, each seed beside its own base: seeds differ in their held-out rows, too.
+    """
     owned = any(r.own is not None for r in rows)
     lines = [
-        f"| | seeds | held-out loss | accuracy |{' own rows |' * owned} up, a client | down, a client | seconds |",
-        f"|---|---:|---:|---:|---:|---:|---:|{'---:|' * owned}",
-        f"| base model | | {_spread(list({r.seed: r.base['loss'] for r in rows}.values()))} | "
+        f"| | seeds | held-out loss | below base | accuracy |{' own rows |' * owned} up, a client | down, a client | "
+        "seconds |",
+        f"|---|---:|---:|---:|---:|---:|---:|---:|{'---:|' * owned}",
+        f"| base model | | {_spread(list({r.seed: r.base['loss'] for r in rows}.values()))} | | "
         f"{_accuracy(list({r.seed: r.base for r in rows}.values()))} |{' |' * owned} | | |",
     ]
     for arm in arms:
         mine = [r for r in rows if r.arm == arm.name]
         moved = [_size(fmean(r[-1] / n for r, n in rs)) if rs else "" for rs in _traffic(mine)]
         loss, accuracy = _spread([r.figures["loss"] for r in mine]), _accuracy([r.figures for r in mine])
+        loss += f" | {_spread([r.base['loss'] - r.figures['loss'] for r in mine])}"
         seconds = f"{fmean(r.seconds[-1] for r in mine):.0f}"
         own = [r.own for r in mine if r.own is not None]
         accuracy += f" | {_spread(own) if own else ''}" * owned
@@ -233,17 +244,18 @@ def draw(plot: Plot, arms: list[Arm], rows: list[Row], path: Path) -> None:
     for arm in (a for a in arms if not plot.arms or a.name in plot.arms):
         mine = [r for r in rows if r.arm == arm.name]
         if not mine[0].up:
-            level = fmean(r.path[-1] for r in mine)
+            level = fmean(plot.heights(r)[-1] for r in mine)
             axes.axhline(level, color="#666c74", linestyle=next(dashes), linewidth=1.2, label=arm.title)
             continue
         x = [fmean(values) for values in zip(*(_x(plot.x, r) for r in mine), strict=True)]
-        losses = list(zip(*(r.path[1:] for r in mine), strict=True))
+        losses = list(zip(*(plot.heights(r)[1:] for r in mine), strict=True))
         (line,) = axes.plot(x, [fmean(v) for v in losses], marker="o", markersize=3, label=arm.title)
         line.set_linestyle("-" if len(axes.lines) <= 10 else "--")  # the ten colours come again
         axes.fill_between(x, [min(v) for v in losses], [max(v) for v in losses], color=line.get_color(), alpha=0.15)
     base = fmean(r.path[0] for r in rows)
-    axes.set(xlabel=LABELS[plot.x], ylabel="held-out loss, nats per answer token")
-    axes.set_ylim(0, base * 1.05)
+    label = "held-out loss, nats per token" + " below the base model" * plot.below
+    axes.set(xlabel=LABELS[plot.x], ylabel=label)
+    axes.set_ylim(*((0, None) if plot.below else (0, base * 1.05)))
     if plot.log:
         axes.set_xscale("log")
     axes.set_title(f"base model: {base:.2f}", fontsize=10, loc="left")
@@ -317,8 +329,12 @@ def main() -> None:
     study = Study(options.study, options.arms, out, options.extra, options.only)
     jobs = [job for job in study.jobs() if options.seeds is None or job.seed in options.seeds]
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda job: study.run(job, options.one_process), jobs))
-        rows = list(pool.map(study.row, jobs))
+        try:
+            list(pool.map(lambda job: study.run(job, options.one_process), jobs))
+            rows = list(pool.map(study.row, jobs))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what failed is told now and not after all the other arms
+            raise
     alike = [[r for r, j in zip(rows, jobs, strict=True) if (j.arm, j.seed) == key] for key in _keys(jobs)]
     joined = [mean_of(group) for group in alike]
     text = table(study.arms, joined)
