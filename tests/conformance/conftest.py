@@ -62,7 +62,7 @@ _OPTIONS["adapter"] = {"train": "lora", "rank": 2, "optimizer": "sign", "draws":
 _OPTIONS["sparse"] = {"train": "sparse", "density": 0.3, "pool": "rademacher", "clip_norm": 1.0, "directions": 2}
 _OPTIONS["embeddings"] = {"target_modules": ["q_proj", "embed_tokens"]}
 _OPTIONS["pruning"] = {"prune_gamma": 0.6}
-_OPTIONS["krum"] = {"krum_byzantine": 1, "clip_norm": 50.0}
+_OPTIONS["krum"] = {"krum_byzantine": 1, "clip_norm": 42.0}
 _SMALL: dict[str, dict[str, Any]] = {
     "fedkseed": {"seeds": 128, "steps": 4, "learning_rate": 1e-4, "eps": 1e-2, "pro": True},
     "fedavg": {},

@@ -82,7 +82,7 @@ def test_what_clients_measured_decides_their_adapters(make, over_grpc, simulated
 
 
 def test_every_runtime_leaves_out_the_same_clients(make, over_grpc, simulated):
-    """Multi-Krum over K-vectors needs 2 f + 3 clients; of these it leaves one out, and some are clipped."""
+    """Multi-Krum over K-vectors needs 2 f + 3 clients; it leaves one out, and of the rest some are clipped, or all."""
     made = make("fedkseed by krum", clients=5)
     run = over_grpc(made)
     for index in (3, 1, 4, 0, 2):
@@ -92,7 +92,8 @@ def test_every_runtime_leaves_out_the_same_clients(make, over_grpc, simulated):
     got = [json.loads(f.read_text())["notes"] for f in sorted(run.folder.glob("rounds/*/round.json"))]
     assert got == [r.notes for r in want]
     assert [len(notes["left_out"]) for notes in got] == [1, 1, 1]
-    assert all(0 < len(notes["clipped"]) < 4 for notes in got)
+    clipped = [len(notes["clipped"]) for notes in got]
+    assert 0 < min(clipped) < 4 == max(clipped)
 
 
 def test_a_client_that_comes_late_is_brought_up_to_date(make, over_grpc, method):
