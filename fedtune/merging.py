@@ -56,11 +56,14 @@ def merge(changes: Sequence[Tensors], how: Merge) -> dict[str, Array]:
     """Merges bags of the same names and shapes; computed in float32, returned in the first one's dtypes.
 
     Raises:
-        ConfigError: there are more or fewer weights than adapters, or for an average one is negative or all are 0.
+        ConfigError: there are more or fewer weights than adapters, for an average one is negative or all are 0, or the
+            method is `stack`, which is a function of its own.
         ModelError: names or shapes differ.
     """
     weights = _weights(how, len(changes))
     _check_alike(changes)
+    if how.method not in _RULES:
+        raise ConfigError(problem("method", ", ".join(_RULES), how.method, "Call fedtune.merging.stack for it"))
     rule = _RULES[how.method]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
