@@ -63,6 +63,7 @@ _OPTIONS["sparse"] = {"train": "sparse", "density": 0.3, "pool": "rademacher", "
 _OPTIONS["embeddings"] = {"target_modules": ["q_proj", "embed_tokens"]}
 _OPTIONS["pruning"] = {"prune_gamma": 0.6}
 _OPTIONS["krum"] = {"krum_byzantine": 1, "clip_norm": 42.0}
+_OPTIONS["krum over own seeds"] = {"krum_byzantine": 1, "clip_norm": 60.0, "draws": "own"}
 _SMALL: dict[str, dict[str, Any]] = {
     "fedkseed": {"seeds": 128, "steps": 4, "learning_rate": 1e-4, "eps": 1e-2, "pro": True},
     "fedavg": {},

@@ -421,3 +421,22 @@ def test_the_boundary_between_gaps_and_trits_is_a_fraction():
         payload = encoded(Ternary(density=1), tensors)
         back, _ = unpack(payload, Manifest.of(tensors))
         assert (back[0].positions is None) == (Fraction(count, n) >= Fraction(3, 10))
+
+
+@pytest.mark.parametrize("density", [0.25, 0.6])
+def test_codes_of_many_blocks_are_read_and_added_as_the_dense_tensor_is(density):
+    """More kept values, and more bytes of trits, than a block of 32,768 holds."""
+    rng = np.random.Generator(np.random.Philox(5))
+    tensors = {"x": rng.standard_normal(200_003).astype(np.float32)}
+    manifest, codec = Manifest.of(tensors), Ternary(density=density)
+    payload = b"".join(codec.encode(tensors, manifest))
+    dense = codec.decode(payload, manifest)["x"]
+    order = np.argsort(-np.abs(tensors["x"]), kind="stable")[: round(density * 200_003)]
+    want = np.zeros(200_003, np.int8)
+    want[order] = np.sign(tensors["x"][order])
+    np.testing.assert_array_equal(np.sign(dense).astype(np.int8), want)
+    before = rng.standard_normal(200_003).astype(np.float32)
+    total = before.copy()
+    (code,) = unpack(payload, manifest)[0]
+    code.add_to(total, 0.7)
+    np.testing.assert_array_equal(total, before + want * np.float32(0.7 * code.scale))
