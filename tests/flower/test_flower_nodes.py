@@ -145,6 +145,21 @@ def test_a_run_waits_for_a_late_node_that_it_needs(made, monkeypatch):
     assert [len(e["clients"]) for e in events(config, "round_closed")] == [2, 2, 2]
 
 
+@pytest.mark.parametrize(("failed", "holds"), [(False, 3), (True, -1)])
+def test_a_late_node_holds_what_its_turn_left_it(made, failed, holds):
+    """A turn that failed has put the model back to the base; any other one leaves the version it was played on."""
+    _, grid, strategy, _ = made(nodes=2, min_clients=2)
+    node = _stand_in(grid)
+    node.version = 1
+    strategy._late.add({"99": node}, 3)
+    asked = _sent("99")
+    answer = content(as_array("x", b"\0"))
+    grid.replies["99"] = Message(Error(2, "raised"), reply_to=asked) if failed else Message(answer, reply_to=asked)
+    strategy._late.hear(grid)
+    assert node.version == holds
+    assert not strategy._late.clients
+
+
 def test_a_node_may_ask_for_the_state_once_a_round(made):
     config, grid, strategy, _ = made(quorum=0.6, grace_s=5.0)
     asked = []
