@@ -72,15 +72,20 @@ def test_adapters_that_scale_differently_are_not_merged(adapters):
         fedtune("merge", adapters / "a", adapters / "c", "--out", adapters / "m")
 
 
-def test_a_sweep_scores_densities_and_takes_the_smallest_that_loses_little(tmp_path):
+def save_tiny_adapter(folder, deviation):
+    """An adapter of the built-in model; B is drawn with this standard deviation."""
     models = pytest.importorskip("fedtune.training.models")
     base = open_base(models.resolve_model("tiny"))
     rng = np.random.Generator(np.random.Philox(2))
     factors = {}
     for layer in find_layers(base.weights, ["q_proj"]):
         factors[f"{layer.name}/A"] = rng.normal(size=(4, layer.inputs)).astype(np.float32)
-        factors[f"{layer.name}/B"] = rng.normal(0, 0.01, (layer.outputs, 4)).astype(np.float32)
-    save_peft(tmp_path / "a", factors, rank=4, alpha=8, base_model="tiny")
+        factors[f"{layer.name}/B"] = rng.normal(0, deviation, (layer.outputs, 4)).astype(np.float32)
+    save_peft(folder, factors, rank=4, alpha=8, base_model="tiny")
+
+
+def test_a_sweep_scores_densities_and_takes_the_smallest_that_loses_little(tmp_path):
+    save_tiny_adapter(tmp_path / "a", 0.01)
     config = tmp_path / "c.toml"
     config.write_text('[model]\nname = "tiny"\n[data]\nname = "topics"\nheld_out_rows = 4\n')
     said = fedtune("compress", tmp_path / "a", tmp_path / "small", "--sweep", config, "--within", 10)
@@ -143,14 +148,7 @@ def test_run_folders_and_compressed_folders_serve_wherever_an_adapter_does(adapt
 
 
 def test_a_compressed_adapter_is_evaluated_as_the_plain_one(tmp_path):
-    models = pytest.importorskip("fedtune.training.models")
-    base = open_base(models.resolve_model("tiny"))
-    rng = np.random.Generator(np.random.Philox(2))
-    factors = {}
-    for layer in find_layers(base.weights, ["q_proj"]):
-        factors[f"{layer.name}/A"] = rng.normal(size=(4, layer.inputs)).astype(np.float32)
-        factors[f"{layer.name}/B"] = rng.normal(size=(layer.outputs, 4)).astype(np.float32)
-    save_peft(tmp_path / "a", factors, rank=4, alpha=8, base_model="tiny")
+    save_tiny_adapter(tmp_path / "a", 1.0)
     fedtune("compress", tmp_path / "a", tmp_path / "small")
     fedtune("decompress", tmp_path / "small", tmp_path / "plain")
     config = tmp_path / "c.toml"
