@@ -74,7 +74,7 @@ class FedKSeed(Method):
             from the others', and each client counts for one whatever its weight. Rounds need 2 f + 3 updates.
         clip_norm: longest K-vector (a client's scalars summed by seed); longer ones are scaled down; 0 scales none.
         train: `all` weights; `sparse`: the smallest of each tensor of the base (Sparse MeZO); or `lora`: the factors of
-            an adapter, A drawn from `run.seed`, B zero.
+            an adapter, A drawn from `run.seed`, B zero (of an embedding the other way round).
         density: of `sparse`: the fraction of each tensor that is tuned.
         rank: of `lora`.
         alpha: of `lora`; 0 means 2 r.
