@@ -35,11 +35,12 @@ import json
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
+from threading import Event
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -328,13 +329,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     study = Study(options.study, options.arms, out, options.extra, options.only)
     jobs = [job for job in study.jobs() if options.seeds is None or job.seed in options.seeds]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        try:
-            list(pool.map(lambda job: study.run(job, options.one_process), jobs))
-            rows = list(pool.map(study.row, jobs))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # what failed is told now and not after all the other arms
-            raise
+    _each(lambda job: study.run(job, options.one_process), jobs, options.jobs)
+    rows = _each(study.row, jobs, options.jobs)
     alike = [[r for r, j in zip(rows, jobs, strict=True) if (j.arm, j.seed) == key] for key in _keys(jobs)]
     joined = [mean_of(group) for group in alike]
     text = table(study.arms, joined)
@@ -343,6 +339,23 @@ def main() -> None:
     for plot in study.plots:
         draw(plot, study.arms, joined, out / plot.file)
     print(text)
+
+
+def _each(work: Callable[[Job], Any], jobs: list[Job], at_a_time: int) -> list[Any]:
+    """Does the work for each job, until one fails: what failed is told now and not after all the other arms."""
+    failed = Event()
+
+    def unless_one_failed(job: Job) -> Any:
+        if failed.is_set():
+            raise CancelledError
+        try:
+            return work(job)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(at_a_time) as pool:
+        return list(pool.map(unless_one_failed, jobs))
 
 
 def _keys(jobs: list[Job]) -> list[tuple[Arm, int]]:

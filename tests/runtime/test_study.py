@@ -108,6 +108,18 @@ def test_an_unknown_arm_is_named(tmp_path: Path) -> None:
     assert "floor" in done.stderr
 
 
+def test_the_first_arm_that_fails_ends_the_study(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(CONFIG)
+    broken = '[[arm]]\nname = "broken"\ntitle = "broken"\nset = ["data.name=/no/such/file.csv"]\n'
+    (tmp_path / "arms.toml").write_text(ARMS.replace("[[arm]]", broken + "[[arm]]", 1))
+    done = run(tmp_path)
+    assert done.returncode == 1
+    assert "CalledProcessError" in done.stderr
+    assert "broken-s0" in done.stdout
+    assert "flora-s0" not in done.stdout
+    assert "/no/such/file.csv" in (tmp_path / "out" / "broken-s0.log").read_text()
+
+
 @pytest.mark.parametrize("file", sorted(SIMULATIONS.glob("*/arms*.toml")), ids=lambda f: f"{f.parent.name}-{f.stem}")
 def test_every_arm_of_the_committed_studies_is_a_valid_configuration(file: Path) -> None:
     from fedtune.config import load
