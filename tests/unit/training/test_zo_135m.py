@@ -31,6 +31,21 @@ out = torch.empty(len(base))
 gpu.replay(Pool("hadamard", 2026, 4096), np.load("c.npy"), 40, torch.from_numpy(base), first, out)
 np.save("out.npy", out.numpy())
 """
+INTERPRETED_MODEL = """
+import numpy as np, torch
+from fedtune.directions import Pool, gpu
+from fedtune.training import seeded
+from fedtune.training.models import load_model, resolve_model
+
+class Interpreted:
+    @staticmethod
+    def replay(pool, c, exponent, base, first, out):
+        gpu.replay(pool, c, exponent, torch.from_numpy(base), first, torch.from_numpy(out))
+
+seeded.backend = lambda _: Interpreted
+held = seeded.SeedModel(load_model(resolve_model("smollm2-135m"), "float32", torch.device("cpu"))[0])
+print(held.replay(Pool("hadamard", 2026, 4096), np.load("c.npy"), 40).hex())
+"""
 
 
 def _coefficients(used=4096):
@@ -99,6 +114,22 @@ def test_numpy_gives_the_digest_of_the_whole_model(monkeypatch):
     base = held.digest()
     monkeypatch.setattr(seeded, "backend", lambda _: ByNumpy)
     assert held.replay(POOL, c, 40) == want != base
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
+def test_triton_interpreted_gives_the_digest_of_the_whole_model(tmp_path):
+    """Every tile of 135 M weights with all 4,096 seeds in use: half an hour."""
+    pytest.importorskip("triton")
+    c = _coefficients()
+    np.save(tmp_path / "c.npy", c)
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    told = subprocess.run(
+        [sys.executable, "-c", INTERPRETED_MODEL], cwd=tmp_path, env=environment, check=True, stdout=subprocess.PIPE
+    )
+    held = SeedModel(_base())
+    base = held.digest()
+    assert told.stdout.decode().split()[-1] == held.replay(POOL, c, 40).hex() != base.hex()
 
 
 def _check_two_tiles(c, base, first, rebuilt, tmp_path):
