@@ -1,17 +1,20 @@
-"""FedKSeed's rebuild and its zeroth-order step: ours beside the authors' loop, on one thread, in one run.
+"""FedKSeed's rebuild and its zeroth-order step: ours beside the authors' loop, in one run, on one thread or a GPU.
 
 The peer's way is written from its description (alibaba/FederatedScope, branch FedKSeed, `mezo_optimizer.py`
 and `server.py`): for every seed, for every tensor, draw z with the framework's generator and add it in place. A step
 perturbs in place by +1, -2 and +1 eps and then updates, so it draws z four times. It cannot walk over all 4096 seeds
 in a benchmark; it is timed on a few and its cost is per weight and seed. The limit is a copy of the same bytes.
 
-Times are process CPU time in nanoseconds a weight, the least of several turns; variants take turns.
+Times are process CPU time in nanoseconds a weight, the least of several turns; variants take turns. With
+`--device cuda` they are wall time until the device has nothing left to do, and ours are the Triton kernels.
 """
 
 import copy
 import os
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
+from time import perf_counter, process_time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -20,11 +23,12 @@ import torch
 from _table import Row, interleave, options, report
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedtune.directions import TILE, Pool, cpu, portable
+from fedtune.directions import KINDS, TILE, Pool, portable
+from fedtune.directions.pool import Kind
 from fedtune.training.encoding import Encoded
 from fedtune.training.packing import collate
 from fedtune.training.scoring import Scorer
-from fedtune.training.seeded import SeedModel
+from fedtune.training.seeded import SeedModel, backend, flat
 from fedtune.training.zo import walking
 
 K, FEW, ANSWER = 4096, 4, 4
@@ -38,59 +42,55 @@ def authors(weights: list[torch.Tensor], seeds: range, scale: float) -> None:
             weight.add_(torch.empty_like(weight).normal_(), alpha=scale)
 
 
-def rebuild(count: int, repeats: int) -> list[Row]:
+def rebuild(count: int, repeats: int, device: torch.device) -> list[Row]:
     """Rebuilds `count` weights from scalars of K seeds."""
-    base = torch.randn(count) * 0.02
-    out, w = torch.empty(count), base.clone()
-    a, b = base.numpy(), out.numpy()
+    base = torch.randn(count, device=device) * 0.02
+    out, w, ours = torch.empty_like(base), base.clone(), backend(base)
     c = np.random.default_rng(0).integers(-(2**17), 2**17, K).astype(np.int32)
-    short = slice(0, min(count, 64 * TILE))  # independent seeds cost K times as much
-    pools = {kind: Pool(kind, 1, K) for kind in ("hadamard", "rademacher", "gaussian")}
+    few = min(count, 64 * TILE) if device.type == "cpu" else count  # independent seeds cost K times as much
+    pools = {kind: Pool(kind, 1, K) for kind in KINDS}
     some = np.where(np.arange(K) % 64 == 0, c, 0).astype(np.int32)
+
+    def independent(kind: Kind) -> None:
+        ours.replay(pools[kind], some, 40, flat(base[:few]), 0, flat(out[:few]))
+
     variants = {
         "authors": lambda: authors([w], range(FEW), 1e-9),
         "copy": lambda: out.copy_(base),
-        "hadamard": lambda: cpu.replay(pools["hadamard"], c, 40, a, 0, b),
+        "hadamard": lambda: ours.replay(pools["hadamard"], c, 40, flat(base), 0, flat(out)),
         "torch": lambda: portable.replay(pools["hadamard"], c, 40, base, 0, out),
-        "rademacher": lambda: cpu.replay(pools["rademacher"], some, 40, a[short], 0, b[short]),
-        "gaussian": lambda: cpu.replay(pools["gaussian"], some, 40, a[short], 0, b[short]),
+        "rademacher": partial(independent, "rademacher"),
+        "gaussian": partial(independent, "gaussian"),
     }
-    for warm in variants.values():
-        warm()
-    best = interleave(variants, repeats)
+    best, name = _best(variants, repeats, device), _name(device)
     per_seed = best["authors"] / count / FEW * 1e9
     copy = best["copy"] / count * 1e9
     rows = [
-        Row(f"replay, {name}", best[key] / count * 1e9, "ns/weight", per_seed * K, copy, f"all {K} seeds")
-        for key, name in (("hadamard", "hadamard pool, numba"), ("torch", "hadamard pool, torch alone"))
+        Row(f"replay, hadamard pool, {way}", best[key] / count * 1e9, "ns/weight", per_seed * K, copy, f"all {K} seeds")
+        for key, way in (("hadamard", name), ("torch", "torch alone"))
     ]
     used = np.count_nonzero(some)
     for kind in ("rademacher", "gaussian"):
-        ours = best[kind] / len(a[short]) / used * 1e9
-        rows.append(Row(f"replay, {kind} pool, numba", ours, "ns/weight/seed", per_seed))
+        rows.append(Row(f"replay, {kind} pool, {name}", best[kind] / few / used * 1e9, "ns/weight/seed", per_seed))
     return rows
 
 
-def perturbation(count: int, repeats: int) -> list[Row]:
+def perturbation(count: int, repeats: int, device: torch.device) -> list[Row]:
     """One step's walks over the weights: the authors' four, our two."""
-    w, out = torch.randn(count) * 0.02, torch.empty(count)
-    a, b = w.numpy(), out.numpy()
+    w = torch.randn(count, device=device) * 0.02
+    out, ours = torch.empty_like(w), backend(w)
+
+    def walks(pool: Pool) -> None:
+        ours.spread(pool, 2, (1e-3,), flat(w), 0, flat(out)[None], (1, -1e-7))
+        ours.spread(pool, 2, (-1e-3,), flat(w), 0, flat(out)[None])
+
     variants = {"authors": lambda: [authors([w], range(1), s) for s in (1e-3, -2e-3, 1e-3, -1e-7)]}
-
-    def ours(pool: Pool) -> None:
-        cpu.spread(pool, 2, (1e-3,), a, 0, b[None], (1, -1e-7))
-        cpu.spread(pool, 2, (-1e-3,), a, 0, b[None])
-
-    for kind in ("hadamard", "rademacher", "gaussian"):
-        variants[kind] = partial(ours, Pool(kind, 1, K))
+    variants |= {kind: partial(walks, Pool(kind, 1, K)) for kind in KINDS}
     variants["copy"] = lambda: [out.copy_(w), out.copy_(w)]
-    for warm in variants.values():
-        warm()
-    best = {name: seconds / count * 1e9 for name, seconds in interleave(variants, repeats).items()}
+    best = {name: seconds / count * 1e9 for name, seconds in _best(variants, repeats, device).items()}
     note = "limit: two copies"
     return [
-        Row(f"walks of a step, {kind}", best[kind], "ns/weight", best["authors"], best["copy"], note)
-        for kind in ("hadamard", "rademacher", "gaussian")
+        Row(f"walks of a step, {kind}", best[kind], "ns/weight", best["authors"], best["copy"], note) for kind in KINDS
     ]
 
 
@@ -105,21 +105,21 @@ def model_of(quick: bool) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def steps(quick: bool, repeats: int) -> list[Row]:
+def steps(quick: bool, repeats: int, device: torch.device) -> list[Row]:
     """Whole steps on one row of T tokens whose last ANSWER are learned: two losses, and the walks around them.
 
     Each side takes its losses as it does in training: the authors from the model's own `loss`, which puts the output
     head on every token; ours where something is learned.
     """
-    model = model_of(quick)
+    model = model_of(quick).to(device)
     return [_step(model, tokens, repeats) for tokens in ((64,) if quick else (64, 256))]
 
 
 def _step(model: LlamaForCausalLM, tokens: int, repeats: int) -> Row:
     ids = np.random.default_rng(0).integers(0, 49152, tokens)
     batch = collate([Encoded.plain(ids.tolist(), (np.arange(tokens) >= tokens - ANSWER).tolist())], [[0]])
-    line = torch.from_numpy(ids)[None]
-    labels = torch.where(torch.arange(tokens) >= tokens - ANSWER, line, -100)
+    line = torch.from_numpy(ids)[None].to(model.device)
+    labels = torch.where(torch.arange(tokens, device=model.device) >= tokens - ANSWER, line, -100)
     weights, mine = list(model.parameters()), copy.deepcopy(model)
     scorers = {id(m): Scorer.probe(m) for m in (model, mine)}
 
@@ -144,9 +144,7 @@ def _step(model: LlamaForCausalLM, tokens: int, repeats: int) -> Row:
             walk.losses(turn[0], (1e-3, -1e-3), 0)
 
         variants = {"ours": ours, "authors": theirs, "forwards": lambda: [losses(model) for _ in range(2)]}
-        for warm in variants.values():
-            warm()
-        best = interleave(variants, repeats)
+        best = _best(variants, repeats, model.device)
     share = 100 * (1 - best["forwards"] / best["ours"])
     size = sum(weight.numel() for weight in weights) / 1e6
     note = f"hadamard; perturbation {share:.0f} % of ours, limit: two forward passes"
@@ -154,12 +152,35 @@ def _step(model: LlamaForCausalLM, tokens: int, repeats: int) -> Row:
     return Row(f"step, {size:.0f} M weights, T = {tokens}", *times, note)
 
 
+def _best(variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+    for warm in variants.values():
+        warm()
+    return interleave(variants, repeats, process_time if device.type == "cpu" else partial(_idle, device))
+
+
+def _idle(device: torch.device) -> float:
+    """Waits until the device has done all it was given; returns the wall clock in seconds."""
+    torch.cuda.synchronize(device)
+    return perf_counter()
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "numba"
+    return backend(torch.empty(0, device=device)).__name__.replace("fedtune.directions.gpu", "Triton")
+
+
 def main() -> None:
-    arguments = options(__doc__)
+    arguments = options(__doc__, device={"default": "cpu", "help": "cpu, or cuda for a GPU"})
+    device = torch.device(arguments.device)
     torch.set_num_threads(1)
     count, repeats = (2**22, 2) if arguments.quick else (2**25, 3)
-    rows = rebuild(count, repeats) + perturbation(count, repeats) + steps(arguments.quick, repeats)
-    report(f"Directions (K = {K}, float32, one thread)", rows, arguments.json)
+    if device.type != "cpu":
+        count *= 8  # a launch is to cost nothing beside the work
+    rows = rebuild(count, repeats, device) + perturbation(count, repeats, device)
+    rows += steps(arguments.quick, repeats, device)
+    where = "one thread" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    report(f"Directions (K = {K}, float32, {where})", rows, arguments.json)
 
 
 if __name__ == "__main__":
