@@ -163,6 +163,21 @@ def factor_name(stored: str) -> str:
     return f"{layer}/{side[-1:]}"
 
 
+def is_factor(stored: str) -> bool:
+    """Whether a name in PEFT's files is that of A or B."""
+    return bool(_FACTOR.search(stored))
+
+
+def check_ranks(stored: Tensors, source: str) -> None:
+    """Raises ModelError when an A (R, I) and its B (O, R), by their names in PEFT's files, differ in R."""
+    sides = {factor_name(name): name for name in stored if is_factor(name)}
+    for layer in layers_of(list(sides)):
+        a, b = sides[key_a(layer)], sides.get(key_b(layer), "")
+        if b and stored[a].shape[:1] != stored[b].shape[1:2]:
+            got = f"{a} of shape {stored[a].shape} and {b} of shape {stored[b].shape}"
+            raise ModelError(problem(source, "A and B of one rank", got))
+
+
 def save_product(folder: Path, factors: Tensors, base_model: str = "") -> None:
     """Writes a PEFT adapter directory whose change is B A of each layer, whatever their ranks."""
     ranks = {layer: factors[key_a(layer)].shape[0] for layer in layers_of(factors)}
@@ -230,6 +245,7 @@ def load_peft(folder: Path) -> dict[str, Array]:
     if kind != "LORA" or config.get("use_dora"):
         why = "The magnitudes of DoRA, the singular values of AdaLoRA and the rest are no product B A"
         raise ModelError(problem(f"{folder}: peft_type", "plain LORA", "DoRA" if kind == "LORA" else kind, why))
+    check_ranks(stored, str(folder))
     try:
         return _folded(config, stored)
     except (KeyError, TypeError, AttributeError) as error:
@@ -238,7 +254,7 @@ def load_peft(folder: Path) -> dict[str, Array]:
 
 def _folded(config: dict[str, Any], stored: dict[str, Array]) -> dict[str, Array]:
     factors: dict[str, Array] = {}
-    sides = {factor_name(name): array for name, array in stored.items() if _FACTOR.search(name)}
+    sides = {factor_name(name): array for name, array in stored.items() if is_factor(name)}
     for layer in layers_of(list(sides)):
         a_ri, b_or = sides[key_a(layer)], sides[key_b(layer)]
         alpha = config.get("alpha_pattern", {}).get(layer, config["lora_alpha"])

@@ -1,19 +1,21 @@
 """Merging adapters that were trained apart, with the arithmetic of PEFT; torch lives here.
 
-    average           sum_k w_k t_k / sum_k w_k
+    average           sum_k w_k t_k / sum_k w_k: of LoRA the mean of A and the mean of B
     task-arithmetic   sum_k w_k t_k                                    (Ilharco et al. 2023, arXiv 2212.04089)
     ties              trim, elect a sign, average those that agree     (Yadav et al. 2023, arXiv 2306.01708)
     dare              drop at random, rescale, sum                     (Yu et al. 2024, arXiv 2311.03099)
     breadcrumbs       drop the smallest and the very largest, sum      (Davari, Belilovsky 2023, arXiv 2312.06795)
     stack             sum_k w_k B_k A_k, exactly: [B_1 .. B_n] and [w_1 A_1; ..; w_n A_n], of all ranks together
 
-t_k is what training changed: LoRA's weights, or those of IA3 less one. As in PEFT's `add_weighted_adapter`, the weight
-of a LoRA adapter goes onto A and onto B as its square root, so all but `stack` have cross terms B_j A_k. A negative
-weight takes away what an adapter learned; an average has none.
+t_k is what training changed: LoRA's weights, or those of IA3 less one. But for an average and a stack the weight of a
+LoRA adapter goes onto A and onto B as its square root, as in PEFT's `add_weighted_adapter`: one alone becomes w B A,
+and several have cross terms B_j A_k. A negative weight takes away what an adapter learned; an average has none.
+
+Saved modules, biases and the magnitudes of DoRA are whole tensors, no change: only an average of them means anything.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import copysign, sqrt
 
@@ -22,6 +24,7 @@ import torch
 from peft.utils import merge_utils  # untyped: its results are given their type here
 
 from fedtune.errors import ConfigError, ModelError, problem
+from fedtune.lora import is_factor
 from fedtune.tensors import Array, Tensors
 
 METHODS = ("ties", "task-arithmetic", "dare", "breadcrumbs", "average", "stack")
@@ -58,10 +61,11 @@ def merge(changes: Sequence[Tensors], how: Merge) -> dict[str, Array]:
     Raises:
         ConfigError: there are more or fewer weights than adapters, for an average one is negative or all are 0, or the
             method is `stack`, which is a function of its own.
-        ModelError: names or shapes differ.
+        ModelError: names or shapes differ, or a whole tensor is to be joined by another method than `average`.
     """
     weights = _weights(how, len(changes))
     _check_alike(changes)
+    check_changes(changes[0], how)
     if how.method not in _RULES:
         raise ConfigError(problem("method", ", ".join(_RULES), how.method, "Call fedtune.merging.stack for it"))
     rule = _RULES[how.method]
@@ -89,6 +93,14 @@ def stack(adapters: Sequence[Tensors], how: Merge) -> dict[str, Array]:
         joined = np.concatenate([part.astype(np.float64) * weight for part, weight in parts], axis)
         out[name] = joined.astype(parts[0][0].dtype)
     return out
+
+
+def check_changes(names: Iterable[str], how: Merge) -> None:
+    """Raises ModelError when a tensor, by its name in PEFT's files, is none that `how` can join."""
+    odd = next((name for name in names if not is_factor(name) and "ia3_l" not in name), "")
+    if odd and how.method != "average":
+        got = "a whole tensor (a saved module, a bias or a magnitude of DoRA), which adds up to nothing"
+        raise ModelError(problem(odd, "what training changed (A and B of LoRA, or IA3)", got, "Use --method average"))
 
 
 def _weights(how: Merge, count: int) -> list[float]:
@@ -120,8 +132,8 @@ Rule = Callable[[list[torch.Tensor], torch.Tensor, float], torch.Tensor]
 
 def _merged(name: str, changes: Sequence[Tensors], weights: Sequence[float], how: Merge, rule: Rule) -> Array:
     arrays = [torch.from_numpy(change[name].astype(np.float32)) for change in changes]
-    own = torch.tensor([_of_factor(name, weight) for weight in weights])
-    return rule(arrays, own, how.density).numpy().astype(changes[0][name].dtype)
+    own = weights if how.method == "average" else [_of_factor(name, weight) for weight in weights]
+    return rule(arrays, torch.tensor(own), how.density).numpy().astype(changes[0][name].dtype)
 
 
 def _of_factor(name: str, weight: float) -> float:

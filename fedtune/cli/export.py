@@ -49,8 +49,7 @@ def export(
     from fedtune.personal import MEMORY, own_adapter
 
     found = find_adapter(source, round_)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(problem(str(target), "a new or empty folder", "something is there"))
+    refuse_taken(target)
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(problem("--dtype", "float32 or bfloat16", dtype))
     try:
@@ -69,6 +68,12 @@ def export(
     except OSError as error:
         raise StorageError(problem(str(target), "a folder that can be written", error.strerror)) from error
     out.print(f"Wrote {target} from {source}", markup=False, soft_wrap=True)
+
+
+def refuse_taken(target: Path) -> None:
+    """Raises ConfigError when something is where a folder is to be written."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(problem(str(target), "a new or empty folder", "something is there"))
 
 
 def find_adapter(source: Path, number: int = 0) -> Path:

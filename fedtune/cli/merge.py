@@ -9,6 +9,7 @@ import typer
 
 from fedtune.cli.console import out
 from fedtune.errors import ConfigError, ModelError, problem
+from fedtune.tensors import Array, Manifest, check
 
 if TYPE_CHECKING:
     from fedtune.merging import Merge
@@ -43,22 +44,39 @@ def merge(
 
     need_training()
     from fedtune import compressed
-    from fedtune.cli.export import find_adapter
+    from fedtune.cli.export import find_adapter, refuse_taken
     from fedtune.merging import Merge
     from fedtune.merging import merge as merge_changes
 
     how = Merge(method=method, weights=_numbers(weights), density=density, seed=seed)
     if len(adapters) < 2:
         raise ConfigError(problem("adapters", "two or more", len(adapters)))
+    refuse_taken(to)
     found = [find_adapter(folder) for folder in adapters]
     configs = [_config(folder) for folder in found]
+    loaded = [_load(folder, how) for folder in found]
     if method == "stack":
         _stack(found, str(configs[0].get("base_model_name_or_path") or ""), to, how)
     else:
         _check_same(configs)
-        changes = [compressed.difference(folder, compressed.load_weights(folder), None) for folder in found]
-        compressed.save_merged(found[0], to, merge_changes(changes, how))
+        changes = [compressed.difference(folder, own, None) for folder, own in zip(found, loaded, strict=True)]
+        merged = merge_changes(changes, how)
+        check(merged, Manifest.of(merged), f"{to}: weights too large")
+        compressed.save_merged(found[0], to, merged)
     out.print(f"Wrote {to} from {len(adapters)} adapters ({method})", markup=False, soft_wrap=True)
+
+
+def _load(folder: Path, how: "Merge") -> dict[str, Array]:
+    """Reads an adapter's weights; raises FedtuneError, naming folder and tensor, when they are not fit to be merged."""
+    from fedtune.compressed import load_weights
+    from fedtune.lora import check_ranks
+    from fedtune.merging import check_changes
+
+    weights = load_weights(folder)
+    check(weights, Manifest.of(weights), str(folder))
+    check_ranks(weights, str(folder))
+    check_changes(weights, how)
+    return weights
 
 
 def _stack(folders: list[Path], base: str, to: Path, how: "Merge") -> None:
@@ -68,6 +86,7 @@ def _stack(folders: list[Path], base: str, to: Path, how: "Merge") -> None:
 
     with ExitStack() as opened:
         factors = stack([load_peft(opened.enter_context(plain(folder))) for folder in folders], how)
+    check(factors, Manifest.of(factors), f"{to}: weights too large")
     new_folder(to)
     save_product(to, factors, base)
 

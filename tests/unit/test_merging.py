@@ -54,7 +54,7 @@ def test_breadcrumbs_leaves_out_both_ends():
 
 
 def test_dare_is_unbiased_and_follows_its_seed():
-    changes = [{"x": np.ones(20_000, np.float32)}] * 2
+    changes = [{"m.ia3_l": np.ones(20_000, np.float32)}] * 2
     one = value(merge(changes, Merge(method="dare", density=0.5)))
     np.testing.assert_array_equal(one, value(merge(changes, Merge(method="dare", density=0.5))))
     assert not np.array_equal(one, value(merge(changes, Merge(method="dare", density=0.5, seed=1))))
@@ -84,7 +84,7 @@ def test_the_torch_generator_is_left_alone():
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "stack"])
 def test_dtypes_stay(method):
-    changes = [{"x": c["m.ia3_l"].astype(np.float16)} for c in draws()]
+    changes = [{"m.ia3_l": c["m.ia3_l"].astype(np.float16)} for c in draws()]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert value(merge(changes, Merge(method=method, density=0.5))).dtype == np.float16
@@ -103,3 +103,57 @@ def test_mistakes_are_told_in_words():
         merge(draws(2), Merge(method="average", weights=(1, -1)))
     with pytest.raises(ModelError, match="adapter 2"):
         merge([draws(1)[0], draws(1, size=5)[0]], Merge())
+
+
+LINEAR = ("m.lora_A.weight", "m.lora_B.weight")
+
+
+def adapters(count, names=LINEAR):
+    rng = np.random.Generator(np.random.Philox(3))
+    shapes = dict(zip(names, ((2, 5), (4, 2)), strict=True))
+    return [{name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()} for _ in range(count)]
+
+
+def product(adapter, names=LINEAR):
+    a, b = (adapter[name].astype(np.float64) for name in names)
+    return b @ a
+
+
+@pytest.mark.parametrize("names", [LINEAR, ("m.lora_embedding_A", "m.lora_embedding_B")])
+def test_an_average_is_the_mean_of_a_and_of_b(names):
+    one, other = adapters(2, names)
+    same = merge([one] * 3, Merge(method="average"))
+    np.testing.assert_allclose(product(same, names), product(one, names), rtol=1e-4, atol=1e-6)
+    mean = merge([one, other], Merge(method="average", weights=(3, 1)))
+    for name in names:
+        np.testing.assert_allclose(mean[name], (3 * one[name] + other[name]) / 4, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (2.0, -0.5), (4.0, 0.0)])
+def test_a_sum_of_lora_adapters_is_that_of_peft(weights):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    ours = adapters(2)
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["m"])
+    model = get_peft_model(torch.nn.ModuleDict({"m": torch.nn.Linear(5, 4)}), config, adapter_name="0")
+    model.add_adapter("1", config)
+    layer = model.base_model.model["m"]
+    for number, adapter in enumerate(ours):
+        layer.lora_A[str(number)].weight.data = torch.from_numpy(adapter[LINEAR[0]])
+        layer.lora_B[str(number)].weight.data = torch.from_numpy(adapter[LINEAR[1]])
+    model.base_model.add_weighted_adapter(["0", "1"], list(weights), "both", combination_type="linear")
+    merged = merge(ours, Merge(method="task-arithmetic", weights=weights))
+    np.testing.assert_allclose(product(merged), layer.get_delta_weight("both").detach().numpy(), rtol=1e-4, atol=1e-6)
+
+
+WHOLE = ("m.lora_magnitude_vector", "lm_head.weight", "m.bias", "m.lora_B.bias")
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_tensors_have_a_mean_and_no_sum(name):
+    changes = [{**adapter, name: np.full(4, 3, np.float32)} for adapter in adapters(2)]
+    np.testing.assert_allclose(merge(changes, Merge(method="average"))[name], 3)
+    for method in set(METHODS) - {"average", "stack"}:
+        with pytest.raises(ModelError, match=f"{name}.*average"):
+            merge(changes, Merge(method=method))
