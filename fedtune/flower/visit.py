@@ -80,17 +80,25 @@ def folder() -> Path:
     """Returns the private folder of the sockets, making it if needed.
 
     Raises:
-        WorkerError: it belongs to somebody else, or others may enter it.
+        WorkerError: its path is too long; it belongs to somebody else, or others may enter it.
     """
-    home = os.environ.get("FEDTUNE_SOCKETS") or os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    path = Path(home) / f"fedtune-{os.getuid()}"
+    path = _place()
+    if len(os.fsencode(path)) + _NAME > _LONGEST:
+        raise WorkerError(f"{path}: expected at most {_LONGEST - _NAME} bytes; set FEDTUNE_SOCKETS to a shorter folder")
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise WorkerError(f"{path}: expected a folder that only you may enter; remove it, or set FEDTUNE_SOCKETS")
-    if len(os.fsencode(path)) + _NAME > _LONGEST:
-        raise WorkerError(f"{path}: expected at most {_LONGEST - _NAME} bytes; set FEDTUNE_SOCKETS to a shorter folder")
     return path
+
+
+def _place() -> Path:
+    """Takes the folder the user names; else the runtime or the temporary one, or /tmp where their names are long."""
+    named, runtime = os.environ.get("FEDTUNE_SOCKETS"), os.environ.get("XDG_RUNTIME_DIR")
+    homes = [named] if named else [*filter(None, [runtime]), tempfile.gettempdir(), "/tmp"]
+    places = [Path(home) / f"fedtune-{os.getuid()}" for home in homes]
+    short = [place for place in places if len(os.fsencode(place)) + _NAME <= _LONGEST]
+    return (short or places)[0]
 
 
 def send(connection: socket.socket, header: Header, *parts: bytes) -> None:

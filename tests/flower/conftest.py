@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class Flower:
     def __post_init__(self) -> None:
         self.home = self.folder / "flwr"
         self.home.mkdir(parents=True)
+        self.sockets = short_folder()
         self.connect("local", 'address = ":local:"')
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         private = ("PYTHONPATH", "FLWR_")
@@ -46,11 +48,10 @@ class Flower:
             "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(self.port),
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "FEDTUNE_SOCKETS": str(self.folder / "sockets"),
+            "FEDTUNE_SOCKETS": str(self.sockets),
             "FEDTUNE_TEST": self.mark,
             "OMP_NUM_THREADS": "1",
         }
-        (self.folder / "sockets").mkdir()
 
     def connect(self, name: str, lines: str) -> None:
         """Adds a connection to Flower's configuration."""
@@ -121,6 +122,7 @@ class Flower:
             until = time.monotonic() + 10
             while self.processes() and time.monotonic() < until:
                 time.sleep(0.1)
+        shutil.rmtree(self.sockets)
         assert not self.processes()
 
     def report(self, folder: Path) -> SimpleNamespace:
@@ -129,6 +131,19 @@ class Flower:
         rounds = [json.loads(p.read_text()) for p in sorted(folder.glob("rounds/*/round.json"))]
         ledger = (folder / "ledger.csv").read_text()
         return SimpleNamespace(events=events, rounds=rounds, ledger=ledger, last=events[-1])
+
+
+def short_folder() -> Path:
+    """Makes a folder for sockets, whose paths may not be long as those of tests are."""
+    return Path(tempfile.mkdtemp(prefix="fedtune-", dir="/tmp"))
+
+
+@pytest.fixture
+def sockets():
+    """A folder with a short name."""
+    folder = short_folder()
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def open_worker(config, shared, index, on_step):
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
+def world(tmp_path, sockets, monkeypatch):
     """A socket folder, a model, and packets for one node."""
     from fedtune.base import open_base
     from fedtune.config import Shared, parse
@@ -46,8 +46,7 @@ def world(tmp_path, monkeypatch):
     from fedtune.testing import toy_base
 
     orders = pytest.importorskip("fedtune.flower.orders", reason="flwr is not installed: pip install 'fedtune[flower]'")
-    monkeypatch.setenv("FEDTUNE_SOCKETS", str(tmp_path / "sockets"))
-    (tmp_path / "sockets").mkdir()
+    monkeypatch.setenv("FEDTUNE_SOCKETS", str(sockets))
     (tmp_path / "opener_of_tests.py").write_text(OPENER)
     model = toy_base(tmp_path / "model")
     shared, base = Shared.of(parse({"model": {"name": str(model)}})), open_base(model)
@@ -227,6 +226,18 @@ def test_a_folder_whose_name_is_too_long_is_refused(world, monkeypatch):
     monkeypatch.setenv("FEDTUNE_SOCKETS", str(world.folder / ("x" * 90)))
     with pytest.raises(visit.WorkerError, match="set FEDTUNE_SOCKETS to a shorter folder"):
         world.ask()
+
+
+def test_a_temporary_folder_whose_name_is_too_long_is_not_used(sockets, monkeypatch, tmp_path):
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    monkeypatch.delenv("FEDTUNE_SOCKETS", raising=False)
+    monkeypatch.setattr(visit.tempfile, "gettempdir", lambda: str(long))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    assert visit.folder() == Path(f"/tmp/fedtune-{os.getuid()}")
+    assert list(long.iterdir()) == []
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(sockets))
+    assert visit.folder().parent == sockets
 
 
 class _Slow(socket.socket):
