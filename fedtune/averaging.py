@@ -79,7 +79,7 @@ def add_codes(total: Total | None, codes: Sequence[Code], member: Member, weight
         for code in codes
     }
     for code in codes:
-        exact.add_at(sums[code.spec.name], *code.sparse(), code.magnitude, weight)
+        exact.add_at(sums[code.spec.name], code.positions, code.signs, code.magnitude, weight)
     return sums
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from fedtune import history
 from fedtune.averaging import public
 from fedtune.balance import balanced
-from fedtune.codecs.compression import RESIDUAL, Compression, change, changed
+from fedtune.codecs.compression import RESIDUAL, Compression, change
 from fedtune.method import ClientJob
 from fedtune.personal import emptied, is_personal
 from fedtune.tensors import DTYPES, PRIVATE, Array, Manifest, Tensors
@@ -41,7 +41,7 @@ def taken(state: Tensors, after: Tensors, downlink: Compression) -> Tensors:
     number = int(state[_VERSION][0]) + 1 if _VERSION in state else 1
     return {
         **after,
-        **changed(before, downlink.coder.decode(code, manifest)),
+        **downlink.added(before, code, manifest),
         **{PRIVATE + name: array for name, array in left.items()},
         _STEP: np.frombuffer(code, np.uint8),
         _VERSION: np.array([number]),
@@ -78,7 +78,7 @@ def stepped(before: Tensors, received: Tensors, downlink: Compression) -> Tensor
     if downlink.exact or STEP not in received:
         return received
     manifest = _manifest({name: array for name, array in before.items() if array.size})
-    return {**before, **changed(before, downlink.coder.decode(received[STEP].data, manifest))}
+    return {**before, **downlink.added(before, received[STEP].data, manifest)}
 
 
 def _manifest(factors: Tensors) -> Manifest:

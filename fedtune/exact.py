@@ -54,13 +54,13 @@ def add(total: ExactSum | None, values: Array, weight: int, name: str) -> ExactS
     return total
 
 
-def add_at(total: ExactSum, places: Array, signs: Array, value: float, weight: int) -> None:
-    """Adds `weight * value * sign` at some places of a flattened sum, in place.
+def add_at(total: ExactSum, places: Array | None, signs: Array, value: float, weight: int) -> None:
+    """Adds `weight * value * sign` to a flattened sum, in place.
 
     Args:
         total: the sum, contiguous.
-        places: distinct.
-        signs: -1 or 1 for each of them (int8).
+        places: distinct; None for all, one after another.
+        signs: for each of them -1 or 1, or 0, which adds nothing (int8).
         value: below 2048 in magnitude, as `check_magnitude` says.
         weight: of the update.
 
@@ -68,8 +68,12 @@ def add_at(total: ExactSum, places: Array, signs: Array, value: float, weight: i
     """
     one = ExactSum(np.zeros(1, np.int64), np.zeros(1, np.int64))
     _add_block(np.array([value]), weight, one.high, one.low)
-    for flat, term in ((total.high.reshape(-1), one.high[0]), (total.low.reshape(-1), one.low[0])):
-        flat[places] += signs * term
+    digits = [(total.high.reshape(-1), one.high[0]), (total.low.reshape(-1), one.low[0])]
+    for start in range(0, signs.size, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        here, wide = part if places is None else places[part], signs[part].astype(np.int64)
+        for flat, term in digits:
+            flat[here] += wide * term
 
 
 def check_magnitude(values: Array, name: str, scale: float = 1.0) -> None:

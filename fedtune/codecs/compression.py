@@ -86,6 +86,23 @@ class Compression:
         Reader(payload, self.coder.largest(manifest))
         return unpack(payload, manifest)[0]
 
+    def added(self, before: Tensors, payload: memoryview | bytes, manifest: Manifest) -> dict[str, Array]:
+        """Returns `before` plus what a payload holds, for the names of `manifest`; ternary codes are added as they are.
+
+        Guarantees: what `changed` makes of the decoded arrays, except that a -0 to which nothing is added stays.
+
+        Raises:
+            WireError: the bytes are no payload for `manifest`.
+        """
+        if self.codec != "ternary":
+            return changed(before, self.coder.decode(payload, manifest))
+        Reader(payload, self.coder.largest(manifest))
+        codes, loose = unpack(payload, manifest)
+        after = {code.spec.name: before[code.spec.name].copy() for code in codes}
+        for code in codes:
+            code.add_to(after[code.spec.name], 1.0)
+        return {**after, **changed(before, loose)}
+
     def carry(self, update: Tensors, manifest: Manifest, memory: dict[str, Array]) -> Tensors:
         """Returns what to encode: `update`, and with `feedback` what earlier updates left out.
 

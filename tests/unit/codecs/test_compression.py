@@ -15,7 +15,7 @@ from fedtune.codecs.feedback import units
 from fedtune.codecs.spectral import delta_come, ere
 from fedtune.codecs.ternary import Ternary
 from fedtune.errors import WireError
-from fedtune.tensors import Manifest, digest
+from fedtune.tensors import DTYPES, Manifest, digest
 
 
 def tensors(seed=0, rows=40, dtype=np.float32):
@@ -50,6 +50,26 @@ def test_raw_is_the_plain_codec():
 def test_the_keys_of_a_ternary_codec_reach_it():
     how = Compression(codec="ternary", density=0.3, alpha=2.0, scale="std", top="tensor", sigma="vector")
     assert how.coder == Ternary(density=0.3, alpha=2.0, scale="std", top="tensor", sigma="vector")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("density", [0.05, 0.9])
+def test_a_payload_added_to_a_state_is_its_decoded_arrays_added(dtype, density):
+    """Bit for bit, integer tensors too; the coordinator and its clients add a downlink's steps so."""
+    kind = DTYPES[dtype]
+    step = {**tensors(1, 3000, kind), "empty": np.zeros(0, kind), "n": np.arange(3)}
+    before = {**tensors(2, 3000, kind), "empty": np.zeros(0, kind), "n": np.arange(3) * 10}
+    manifest, link = Manifest.of(step), Compression(codec="ternary", density=density)
+    payload = b"".join(link.coder.encode(step, manifest))
+    held = {name: array.copy() for name, array in before.items()}
+    after, want = link.added(before, payload, manifest), changed(before, link.coder.decode(payload, manifest))
+    assert after.keys() == want.keys() == step.keys()
+    for name, array in want.items():
+        assert (after[name].dtype, after[name].tobytes()) == (array.dtype, array.tobytes()), name
+        assert before[name].tobytes() == held[name].tobytes(), "the state itself is left alone"
+    assert after["a"].tobytes() != before["a"].tobytes()
+    with pytest.raises(WireError):
+        link.added(before, payload[:-1], manifest)
 
 
 def test_singular_vectors_have_their_rank():
