@@ -48,6 +48,7 @@ class Flower:
             "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(self.port),
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_TMPDIR": str(self.sockets),  # its sockets lie there
             "FEDTUNE_SOCKETS": str(self.sockets),
             "FEDTUNE_TEST": self.mark,
             "OMP_NUM_THREADS": "1",
