@@ -71,14 +71,15 @@ class Manifest:
     @classmethod
     def of(cls, tensors: Tensors) -> "Manifest":
         """Describes `tensors` in their own order."""
-        return cls(tuple(TensorSpec(name, array.shape, dtype_name(array)) for name, array in tensors.items()))
+        return cls(tuple(TensorSpec(name, array.shape, dtype_name(array, name)) for name, array in tensors.items()))
 
 
-def dtype_name(array: Array) -> str:
-    """Names the dtype of `array`; raises WireError when fedtune does not carry it."""
+def dtype_name(array: Array, of: str = "") -> str:
+    """Names the dtype of `array`; raises WireError, naming what it is `of`, when fedtune does not carry it."""
     name = _NAMES.get(array.dtype)
     if name is None:
-        raise WireError(problem("dtype", f"one of {', '.join(DTYPES)}", array.dtype))
+        want, remedy = f"one of {', '.join(DTYPES)}", "Cast it to one of them"
+        raise WireError(problem(f"dtype of {of}" if of else "dtype", want, array.dtype, remedy))
     return name
 
 

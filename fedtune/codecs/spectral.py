@@ -72,6 +72,15 @@ class Spectral:
         """Returns the size of every payload for `manifest`."""
         return sum(coder.largest(part) for coder, part in self._parts(manifest))
 
+    def fitted(self, manifest: Manifest) -> "Spectral":
+        """Returns the same codec, with the same payloads, without vectors that no matrix of `manifest` has."""
+        left, groups = max((min(spec.shape) for spec in manifest.specs if _is_matrix(spec)), default=1), list[Group]()
+        for count, bits in self.groups:
+            if left > 0:
+                groups.append((min(count, left), bits))
+            left -= count
+        return Spectral(groups=tuple(groups))
+
     def _parts(self, manifest: Manifest) -> list[tuple[Codec, Manifest]]:
         """Lists what is written with what, in order."""
         parts = [(_CODERS[16], Manifest(tuple(spec for spec in manifest.specs if not _is_matrix(spec))))]

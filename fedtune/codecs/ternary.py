@@ -16,7 +16,7 @@ from fedtune.codecs.moments import Moments
 from fedtune.codecs.signs import Code
 from fedtune.codecs.ternary_format import floating, largest, pack, unpack
 from fedtune.codecs.top import Pick, kept_count, pick, working
-from fedtune.errors import ConfigError, problem
+from fedtune.errors import ConfigError, WireError, problem
 from fedtune.tensors import Array, Manifest, Tensors, TensorSpec, check, check_fit
 
 
@@ -63,7 +63,7 @@ class Ternary:
         """Chooses places, signs and scales of the floating tensors.
 
         Raises:
-            WireError: `tensors` do not fit `manifest`, or hold a value that is not finite.
+            WireError: `tensors` do not fit `manifest`, or hold a value that is not finite or whose square is not.
         """
         check_fit(tensors, manifest, "update")
         specs = floating(manifest)
@@ -80,6 +80,10 @@ class Ternary:
         each = [one.moments for one in picks]
         if not all(isfinite(one.squares) for one in each):
             check(tensors, manifest, "update")
+            remedy = "The scale least-squares needs no squares"
+            raise WireError(
+                problem("update: scale std", "values whose squares fit into float64", "larger ones", remedy)
+            )
         if self.scale != "std":
             each = [_mean_kept(*item) for item in zip(picks, flats, strict=True)]
         return [_code(*item) for item in zip(specs, picks, self._scales(each), strict=True)]

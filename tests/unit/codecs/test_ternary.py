@@ -440,3 +440,12 @@ def test_codes_of_many_blocks_are_read_and_added_as_the_dense_tensor_is(density)
     (code,) = unpack(payload, manifest)[0]
     code.add_to(total, 0.7)
     np.testing.assert_array_equal(total, before + want * np.float32(0.7 * code.scale))
+
+
+@pytest.mark.parametrize("sigma", ["vector", "tensor"])
+def test_values_whose_squares_overflow_are_refused_or_exact(sigma):
+    tensors = {"x": np.array([1e200, -1e200, 1.0]), "y": np.ones(3)}
+    with pytest.raises(WireError, match="squares fit into float64"):
+        Ternary(density=0.7, sigma=sigma).compress(tensors, Manifest.of(tensors))
+    codes = Ternary(density=0.4, scale="least-squares", sigma=sigma).compress(tensors, Manifest.of(tensors))
+    np.testing.assert_array_equal(codes[0].values(), [1e200, -1e200, 0])
