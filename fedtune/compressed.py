@@ -1,45 +1,31 @@
-"""Compressed adapters and fine-tunes on disk: a folder whose weights are one `.ternary` file.
+"""Compressed adapters and fine-tunes on disk: a folder whose weights are one `.ternary` file (`compressed_file.py`).
 
 The file holds what training changed: an adapter's weights themselves (LoRA), their distance from one (IA3), or from a
-base model's weights (a full fine-tune).
-
-    8 bytes   FEDTERN1
-    4 bytes   length of what follows, little-endian
-    ...       JSON, deflated by zlib: {"tensors": [[name, dtype, shape], ...]}
-    ...       the payload of `fedtune.codecs.ternary_format`, to the end of the file
-
-A full fine-tune may hold singular vectors instead (`fedtune.codecs.spectral`): then the JSON has `"groups": [[vectors,
-bits], ...]`, too, and the payload is theirs.
+base model's weights (a full fine-tune). Integers are compared as integers, in which no digit is lost.
 """
 
-import json
 import shutil
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from fedtune.balance import balance
 from fedtune.codecs.spectral import Spectral
 from fedtune.codecs.ternary import Ternary
-from fedtune.errors import ConfigError, ModelError, StorageError, WireError, problem
-from fedtune.tensors import DTYPES, Array, Manifest, Tensors, TensorSpec, check
+from fedtune.compressed_file import GB, MAGIC, TERNARY, declared, read, write
+from fedtune.errors import ConfigError, ModelError, problem
+from fedtune.peft_weights import CONFIG, balance_lora, check_adapter, read_config
+from fedtune.tensors import Array, Manifest, Tensors, check, dtype_name
 from fedtune.weights import save_weights
+from fedtune.whole_folder import check_new, told, whole_folder
 
-MAGIC = b"FEDTERN1"
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-TERNARY = "weights.ternary"
-_MAX_HEADER = 1 << 26
-_MAX_BYTES = 1 << 36
-_MAX_GROUPS, _MAX_VECTORS = 16, 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,37 +50,56 @@ def compress(
         balanced: bring LoRA factors into balance first (see `fedtune.balance`).
 
     Raises:
-        ModelError: `source` is neither, or is damaged.
-        WireError: a value is not finite.
+        ModelError: `source` is neither, is damaged, or holds tensors that are not measured from zero or from a base.
+        WireError: a value is not finite, or a dtype is not carried.
         ConfigError: `target` is not empty, or the codec is not for an adapter.
+        StorageError: `target` cannot be written; nothing of it is left.
     """
     if isinstance(codec, Spectral) and base is None:
         raise ConfigError(problem("--codec", "ternary for an adapter", "one of singular vectors, which it is already"))
-    weights = load_weights(source)
+    check_new(target)
+    weights = compressible(source)
     change = difference(source, weights, base)
     check(change, Manifest.of(change), str(source))
-    if balanced:
+    if balanced and base is None:
         change = balance_lora(change)
     data = write(change, codec)
-    new_folder(target)
-    _copy_rest(source, target)
-    _save(target / TERNARY, lambda file: file.write_bytes(data))
+    with whole_folder(target) as draft:
+        _copy_rest(source, draft)
+        (draft / TERNARY).write_bytes(data)
     return Sizes(sum(a.size for a in weights.values()), sum(a.nbytes for a in weights.values()), len(data))
 
 
-def decompress(source: Path, target: Path, *, base: Path | None = None) -> None:
+def compressible(source: Path) -> dict[str, Array]:
+    """Reads the weights of what can be compressed; raises ModelError or WireError, with the reason, for all else."""
+    if (source / TERNARY).exists() and not (source / CONFIG).exists():
+        remedy = "Take the model it was made of, or fedtune decompress it with --base"
+        raise ModelError(problem(str(source), "a model in safetensors", "one that is compressed already", remedy))
+    weights = load_weights(source)
+    for name, array in weights.items():
+        dtype_name(array, f"{source}: {name}")
+    if (source / CONFIG).exists():
+        check_adapter(source, weights)
+    return weights
+
+
+def decompress(source: Path, target: Path, *, base: Path | None = None, most: float | None = None) -> None:
     """Writes what `compress` left of an adapter or a fine-tune as plain safetensors, to a new folder.
+
+    Args:
+        source: the compressed folder.
+        target: the folder to write.
+        base: the model that was fine-tuned; None for an adapter.
+        most: how many bytes the weights may have; None for what an adapter of that file's size comes to, or the base.
 
     Raises:
         WireError: the file is damaged or hostile.
         ModelError: there is no such file, or `base` is missing or does not fit.
         ConfigError: `target` is not empty.
+        StorageError: `target` cannot be written; nothing of it is left.
     """
-    weights = restore(source, base)
-    new_folder(target)
-    _copy_rest(source, target)
-    name = WEIGHTS if (source / CONFIG).exists() else "model.safetensors"
-    _save(target / name, lambda file: save_weights(file, weights, {"format": "pt"}))
+    check_new(target)
+    _write_plain(source, target, restore(source, base, most), "model.safetensors" if base else WEIGHTS)
 
 
 @contextmanager
@@ -110,16 +115,15 @@ def plain(folder: Path) -> Iterator[Path]:
 
 def save_merged(like: Path, target: Path, change: Tensors) -> None:
     """Writes what training changed as an adapter with the configuration of `like`, to a new folder."""
-    weights = _added(change, _reference(like, change, None))
-    new_folder(target)
-    _copy_rest(like, target)
-    _save(target / WEIGHTS, lambda file: save_weights(file, weights, {"format": "pt"}))
+    _write_plain(like, target, _added(change, _reference(like, _shapes(change), None)), WEIGHTS)
 
 
-def restore(source: Path, base: Path | None = None) -> dict[str, Array]:
-    """Returns the weights of a compressed folder."""
-    change = read(_bytes(source / TERNARY))
-    return _added(change, _reference(source, change, base))
+def restore(source: Path, base: Path | None = None, most: float | None = None) -> dict[str, Array]:
+    """Returns the weights of a compressed folder; `most` is the limit of `read`, which for a fine-tune is its base."""
+    data = _bytes(source / TERNARY)
+    shapes = {spec.name: spec.shape for spec in declared(data).specs}
+    reference = _reference(source, shapes, base)
+    return _added(read(data, inf if base and most is None else most), reference)
 
 
 def load_weights(folder: Path) -> dict[str, Array]:
@@ -134,147 +138,70 @@ def load_weights(folder: Path) -> dict[str, Array]:
         return {name: array for file in files for name, array in load_file(file).items()}
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(problem(str(folder), "weights in safetensors", error)) from error
+    except KeyError as error:
+        raise ModelError(problem(str(folder), "weights of a dtype that numpy has", error)) from error
 
 
 def difference(source: Path, weights: Tensors, base: Path | None) -> dict[str, Array]:
     """Returns what training changed, in the dtypes of `weights`."""
-    reference = _reference(source, weights, base)
-    return {
-        name: np.asarray(array.astype(np.float64) - reference[name]).astype(array.dtype) if name in reference else array
-        for name, array in weights.items()
-    }
-
-
-def balance_lora(weights: Tensors) -> dict[str, Array]:
-    """Balances every pair of two-dimensional LoRA factors among PEFT's names."""
-    out = dict(weights)
-    for a in (name for name in weights if ".lora_A." in name):
-        b = a.replace(".lora_A.", ".lora_B.")
-        if b in weights and weights[a].ndim == weights[b].ndim == 2:
-            out[a], out[b] = balance(weights[a], weights[b])
-    return out
-
-
-def write(tensors: Tensors, codec: Ternary | Spectral) -> bytes:
-    """Returns the bytes of a `.ternary` file."""
-    manifest = Manifest.of(tensors)
-    about: dict[str, Any] = {"tensors": [[s.name, s.dtype, s.shape] for s in manifest.specs]}
-    if isinstance(codec, Spectral):
-        about["groups"] = codec.groups
-    header = zlib.compress(json.dumps(about, separators=(",", ":")).encode(), 9)
-    return b"".join([MAGIC, len(header).to_bytes(4, "little"), header, *codec.encode(tensors, manifest)])
-
-
-def read(data: bytes) -> dict[str, Array]:
-    """Reads the bytes of a `.ternary` file; raises WireError on any that `write` does not write."""
-    if data[:8] != MAGIC:
-        raise WireError(problem(TERNARY, f"a file that begins with {MAGIC.decode()}", data[:8]))
-    start = 12 + int.from_bytes(data[8:12], "little")
-    manifest, codec = _header(data[12:start])
-    if manifest.nbytes > _MAX_BYTES:
-        raise WireError(problem(f"{TERNARY}: tensors", f"at most {_MAX_BYTES} bytes", manifest.nbytes))
-    try:
-        return codec.decode(memoryview(data)[start:], manifest)
-    except MemoryError as error:
-        raise WireError(problem(f"{TERNARY}: tensors", "what fits into memory", f"{manifest.nbytes} bytes")) from error
-
-
-def _header(header: bytes) -> tuple[Manifest, Ternary | Spectral]:
-    inflater = zlib.decompressobj()
-    try:
-        text = inflater.decompress(header, _MAX_HEADER)
-        if not inflater.eof or inflater.unused_data:
-            raise ValueError("it is cut off, too long or followed by more")
-        about = json.loads(text)
-        specs = tuple(_spec(*entry) for entry in about["tensors"])
-        codec = Spectral(groups=_groups(about["groups"])) if "groups" in about else Ternary()
-    except (zlib.error, ValueError, TypeError, KeyError, RecursionError, ConfigError) as error:
-        raise WireError(problem(f"{TERNARY}: header", "a list of names, dtypes and shapes", error)) from error
-    if len({spec.name for spec in specs}) != len(specs):
-        raise WireError(problem(f"{TERNARY}: header", "each name once", "a name twice"))
-    return Manifest(specs), codec
-
-
-def _groups(groups: Any) -> tuple[tuple[int, int], ...]:
-    if not isinstance(groups, list) or len(groups) > _MAX_GROUPS:
-        raise ValueError("groups")
-    pairs = tuple((count, bits) for count, bits in groups)
-    if not all(type(n) is int and n < _MAX_VECTORS for pair in pairs for n in pair):
-        raise ValueError("groups")
-    return pairs
-
-
-def _spec(name: Any, dtype: Any, shape: Any) -> TensorSpec:
-    whole = isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)
-    if not isinstance(name, str) or not whole or len(shape) > 8 or dtype not in DTYPES:
-        raise ValueError(f"entry {str([name, dtype, shape])[:80]}")
-    return TensorSpec(name, tuple(shape), dtype)
-
-
-def _reference(source: Path, weights: Tensors, base: Path | None) -> dict[str, Array]:
-    """Returns what weights are measured from, where that is not zero; float64 or the base's dtype."""
-    if (source / CONFIG).exists():
-        if base is not None:
-            raise ConfigError(problem("--base", "none for an adapter", base))
-        ones = _kind(source) == "IA3"
-        return {name: np.ones(array.shape) for name, array in weights.items() if ones and "ia3_l" in name}
-    if base is None:
-        remedy = "Give the model it was fine-tuned from with --base"
-        raise ModelError(problem(str(source), f"an adapter with {CONFIG}", "a model", remedy))
-    theirs = load_weights(base)
-    for name, array in weights.items():
-        if name not in theirs or theirs[name].shape != array.shape:
-            raise ModelError(
-                problem(f"{base}: {name}", f"shape {array.shape}", theirs[name].shape if name in theirs else "none")
-            )
-    return {name: theirs[name].astype(np.float64) for name in weights}
-
-
-def _added(change: Tensors, reference: Tensors) -> dict[str, Array]:
-    return {
-        name: np.asarray(array.astype(np.float64) + reference[name]).astype(array.dtype) if name in reference else array
-        for name, array in change.items()
-    }
-
-
-def _kind(folder: Path) -> str:
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        kind = str(config.get("peft_type"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(problem(str(folder / CONFIG), "a PEFT configuration", error)) from error
-    if kind not in ("LORA", "IA3"):
-        raise ModelError(problem(f"{folder}: peft_type", "LORA or IA3", kind))
-    return kind
+    reference = _reference(source, _shapes(weights), base)
+    return {n: _moved(array, reference[n], -1) if n in reference else array for n, array in weights.items()}
 
 
 def new_folder(target: Path) -> None:
     """Makes a folder to write; raises ConfigError when something is there."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(problem(str(target), "a new or empty folder", "something is there"))
-    _save(target, lambda folder: folder.mkdir(parents=True, exist_ok=True))
+    check_new(target)
+    with told(target):
+        target.mkdir(parents=True, exist_ok=True)
+
+
+def _reference(source: Path, shapes: Mapping[str, tuple[int, ...]], base: Path | None) -> dict[str, Array]:
+    """Returns what weights of these shapes are measured from, where that is not zero, in a shape that broadcasts."""
+    if (source / CONFIG).exists():
+        if base is not None:
+            raise ConfigError(problem("--base", "none for an adapter", base))
+        ones = read_config(source)["peft_type"] == "IA3"
+        return {name: np.ones(()) for name in shapes if ones and "ia3_l" in name}
+    if base is None:
+        remedy = "Give the model it was fine-tuned from with --base"
+        raise ModelError(problem(str(source), f"an adapter with {CONFIG}", "a model", remedy))
+    theirs = load_weights(base)
+    for name, shape in shapes.items():
+        if name not in theirs or theirs[name].shape != shape:
+            got, remedy = getattr(theirs.get(name), "shape", "none"), "Give the very model it was fine-tuned from"
+            raise ModelError(problem(f"{base}: {name}", f"shape {shape}", got, remedy))
+    return {name: theirs[name] for name in shapes}
+
+
+def _added(change: Tensors, reference: Tensors) -> dict[str, Array]:
+    return {n: _moved(array, reference[n], 1) if n in reference else array for n, array in change.items()}
+
+
+def _moved(array: Array, reference: Array, sign: int) -> Array:
+    """Adds a reference, or takes it away: in float64, rounded once; integers in their own dtype, exactly."""
+    if array.dtype.kind in "iu":
+        if reference.dtype.kind not in "iub":
+            return array
+        step = reference.astype(array.dtype)
+        return np.asarray(np.add(array, step) if sign > 0 else np.subtract(array, step))
+    return np.asarray(array.astype(np.float64) + sign * reference.astype(np.float64)).astype(array.dtype)
+
+
+def _shapes(weights: Tensors) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in weights.items()}
+
+
+def _write_plain(like: Path, target: Path, weights: Tensors, name: str) -> None:
+    with whole_folder(target) as draft:
+        _copy_rest(like, draft)
+        save_weights(draft / name, weights, {"format": "pt"})
 
 
 def _copy_rest(source: Path, target: Path) -> None:
     """Copies configuration and tokenizer, not weights."""
-
-    def copy(files: Iterable[Path]) -> None:
-        for file in files:
+    for file in sorted(source.iterdir()):
+        if file.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in file.name and file.is_file():
             shutil.copyfile(file, target / file.name)
-
-    names = [
-        f
-        for f in sorted(source.iterdir())
-        if f.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in f.name
-    ]
-    _save(target, lambda _: copy(names))
-
-
-def _save(path: Path, action: Callable[[Path], object]) -> None:
-    try:
-        action(path)
-    except OSError as error:
-        raise StorageError(problem(str(path), "a place that can be written", error.strerror)) from error
 
 
 def _bytes(file: Path) -> bytes:
@@ -282,3 +209,23 @@ def _bytes(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise ModelError(problem(str(file), "a compressed adapter", error.strerror)) from error
+
+
+__all__ = [
+    "GB",
+    "MAGIC",
+    "TERNARY",
+    "balance_lora",
+    "check_new",
+    "compress",
+    "compressible",
+    "decompress",
+    "difference",
+    "load_weights",
+    "new_folder",
+    "plain",
+    "read",
+    "restore",
+    "save_merged",
+    "write",
+]

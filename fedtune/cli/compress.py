@@ -17,14 +17,19 @@ if TYPE_CHECKING:
 _Source = Annotated[
     Path,
     typer.Argument(
-        metavar="ADAPTER_DIR", help="PEFT LoRA or IA3 folder, run folder, or a model folder.", show_default=False
+        metavar="ADAPTER_DIR",
+        help="PEFT LoRA or IA3 folder, also a compressed one; run folder; or a model folder.",
+        show_default=False,
     ),
 ]
+_Small = Annotated[Path, typer.Argument(metavar="COMPRESSED_DIR", help="What compress wrote.", show_default=False)]
 _Target = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)]
 _Base = Annotated[Path | None, typer.Option(help="For a full fine-tune: folder of the model it started from.")]
+_TERNARY_ONLY = ("density", "alpha", "scale", "per", "balance")
 
 
 def compress(
+    context: typer.Context,
     source: _Source,
     target: _Target,
     codec: Annotated[
@@ -63,30 +68,61 @@ def compress(
     for name, (value, choices) in options.items():
         if value not in choices:
             raise ConfigError(problem(f"--{name}", " or ".join(choices), value))
+    _check_used(context, codec, base)
+    compressed.check_new(target)
     if base is None and not any(source.glob("model*.safetensors")):
         source = find_adapter(source)
     if codec != "ternary":
         if sweep is not None:
             raise ConfigError(problem("--sweep", "--codec ternary", codec))
         spectral = (ere if codec == "ere" else delta_come)(rank)
-        _say(target, compressed.compress(source, target, spectral, base=base), f"{codec}, rank {rank}")
+        _say(target, compressed.compress(source, target, spectral, base=base), f"{codec}, rank {rank} at most")
         return
     ternary = Ternary(density=density, alpha=alpha, scale=scale, top=per, sigma=per)  # type: ignore[arg-type]  # checked above
     if sweep is not None:
-        ternary = _sweep(source, ternary, balance, sweep, tuple(set_ or ()), within)
+        compressed.compressible(source)
+        with compressed.plain(source) as opened:
+            ternary = _sweep(opened, ternary, balance, sweep, tuple(set_ or ()), within)
     sizes = compressed.compress(source, target, ternary, base=base, balanced=balance)
     _say(target, sizes, f"density {ternary.density:g}, alpha {ternary.alpha:g}")
 
 
-def decompress(source: _Source, target: _Target, base: _Base = None) -> None:
+def decompress(
+    source: _Small,
+    target: _Target,
+    base: _Base = None,
+    max_gb: Annotated[
+        float | None,
+        typer.Option(
+            help="Most gigabytes the weights may have. If not given: for an adapter 1, or 1000 times the file.", min=0
+        ),
+    ] = None,
+) -> None:
     """Turn a compressed folder back into one that PEFT or transformers loads.
 
     Example: `fedtune decompress small adapter`
     """
     from fedtune import compressed
 
-    compressed.decompress(source, target, base=base)
+    compressed.decompress(source, target, base=base, most=None if max_gb is None else max_gb * compressed.GB)
     out.print(f"Wrote {target} from {source}", markup=False, soft_wrap=True)
+
+
+def _check_used(context: typer.Context, codec: str, base: Path | None) -> None:
+    """Raises ConfigError for an option that was given and would change nothing."""
+
+    def refuse(names: tuple[str, ...], want: str, got: str) -> None:
+        for name in names:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                raise ConfigError(problem(f"--{name}", want, got, "Leave out one of the two"))
+
+    if codec == "ternary":
+        refuse(("rank",), "--codec delta-come or ere", "--codec ternary")
+    else:
+        refuse(_TERNARY_ONLY, "--codec ternary", f"--codec {codec}")
+    if base is not None:
+        refuse(("balance",), "an adapter", f"--base {base}")
 
 
 def _say(target: Path, sizes: "Sizes", how: str) -> None:

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from fedtune.codecs.spectral import delta_come, ere
 from fedtune.codecs.ternary import Ternary
 from fedtune.compressed import MAGIC, TERNARY, compress, decompress, load_weights, read, save_merged, write
-from fedtune.errors import ConfigError, ModelError, WireError
+from fedtune.errors import ConfigError, ModelError, StorageError, WireError
 from fedtune.lora import load_peft, save_peft
 
 KEEP_ALL = Ternary(density=1, scale="least-squares", top="tensor", sigma="tensor")
@@ -202,6 +202,12 @@ def header(*entries, **more):
         header(["x", "float32", [1, 1]], groups=7) + bytes(8),
         header(["x", "float32", [1, 1]], groups=[[1, 16]]) + bytes(3),
         header(["x", "float32", [1 << 39]]) + b"\x01\x00\x00" + bytes(8),
+        header(["x", "float32", [1 << 28]]) + b"\x01\x00\x00" + bytes(8),
+        header(["x", "float32", [0, (1 << 40) - 1, (1 << 40) - 1]]) + b"\x01\x00\x00" + bytes(8),
+        header(["x", "int64", [0, (1 << 40) - 1, (1 << 40) - 1]]) + b"\x01\x00" + bytes(8),
+        header(["x", "float32", [0, (1 << 40) - 1, (1 << 40) - 1]], groups=[[1, 16]]),
+        header(["\ud800", "float32", [1]]) + b"\x01\x00\x00" + bytes(8),
+        header(["__metadata__", "float32", [1]]) + b"\x01\x00\x00" + bytes(8),
         MAGIC + (6).to_bytes(4, "little") + zlib.compress(b"[")[:6],
     ],
 )
@@ -222,3 +228,89 @@ def test_bent_files_never_crash():
             read(bytes(data[: int(rng.integers(0, 2 * len(data)))]))
         except WireError:
             continue
+
+
+def test_a_small_file_that_announces_much_is_a_question():
+    data = header(["x", "float32", [300 << 20]]) + b"\x01\x00\x00" + bytes(8)
+    with pytest.raises(WireError, match=r"at most 1 GB, got 1\.258 GB in a file of \d+ bytes.*--max-gb 2"):
+        read(data)
+    data = header(["x", "float32", [1000]]) + b"\x01\x00\x00" + bytes(8)
+    with pytest.raises(WireError, match="--max-gb 1"):
+        read(data, most=3999)
+    assert read(data, most=4000)["x"].nbytes == read(data)["x"].nbytes == 4000
+
+
+def test_what_a_fine_tune_may_announce_is_its_base(tmp_path):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / TERNARY).write_bytes(header(["w", "float32", [1 << 39]]) + b"\x01\x00\x00" + bytes(8))
+    (tmp_path / "base").mkdir()
+    save_file({"w": np.zeros(3, np.float32)}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(ModelError, match="w: expected shape"):
+        decompress(tmp_path / "small", tmp_path / "out", base=tmp_path / "base")
+
+
+def test_integers_of_a_fine_tune_come_back_to_the_last_digit(tmp_path):
+    kinds = {"n": np.array([5, -(1 << 62)]), "u": np.array(7, np.uint8), "f": np.array([1.5]), "b": np.array([True])}
+    tuned = {
+        "n": np.array([(1 << 60) + 3, 1 << 62]),
+        "u": np.array(2, np.uint8),
+        "f": np.array([9]),
+        "b": np.array([3]),
+    }
+    for name, weights in (("base", kinds), ("tuned", tuned)):
+        (tmp_path / name).mkdir()
+        save_file(weights, tmp_path / name / "model.safetensors")
+    for number, codec in enumerate((KEEP_ALL, ere(1))):
+        compress(tmp_path / "tuned", tmp_path / f"small{number}", codec, base=tmp_path / "base")
+        decompress(tmp_path / f"small{number}", tmp_path / f"back{number}", base=tmp_path / "base")
+        back = load_file(tmp_path / f"back{number}" / "model.safetensors")
+        assert {name: array.tolist() for name, array in back.items()} == {n: a.tolist() for n, a in tuned.items()}
+
+
+def test_a_rank_beyond_the_matrices_is_theirs(tmp_path):
+    full_fine_tune(tmp_path)
+    for rank in (30, 20_000_000):
+        compress(tmp_path / "tuned", tmp_path / f"{rank}", delta_come(rank), base=tmp_path / "base")
+    assert (tmp_path / "30" / TERNARY).read_bytes() == (tmp_path / "20000000" / TERNARY).read_bytes()
+    decompress(tmp_path / "20000000", tmp_path / "back", base=tmp_path / "base")
+
+
+def test_a_compressed_adapter_is_compressed_again_and_a_compressed_model_is_not(tmp_path):
+    lora(tmp_path / "a")
+    compress(tmp_path / "a", tmp_path / "small", Ternary(density=0.5, scale="least-squares"))
+    compress(tmp_path / "small", tmp_path / "smaller", Ternary(density=0.1, scale="least-squares"))
+    assert list(load_weights(tmp_path / "smaller")) == list(load_weights(tmp_path / "a"))
+    full_fine_tune(tmp_path)
+    compress(tmp_path / "tuned", tmp_path / "model", KEEP_ALL, base=tmp_path / "base")
+    with pytest.raises(ModelError, match=r"compressed already.*decompress it with --base"):
+        compress(tmp_path / "model", tmp_path / "again", KEEP_ALL, base=tmp_path / "base")
+
+
+@pytest.fixture
+def small_files():
+    """Files of this process may have 4,000 bytes, as if the disk were full."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def large(tmp_path):
+    """An adapter of more bytes than that, also compressed."""
+    noise = np.random.Generator(np.random.Philox(1)).normal(size=(2, 200, 200)).astype(np.float32)
+    save_peft(tmp_path / "a", {"m.q/A": noise[0], "m.q/B": noise[1]}, rank=200, alpha=8, base_model="tiny")
+    compress(tmp_path / "a", tmp_path / "small", KEEP_ALL)
+    return tmp_path
+
+
+def test_a_full_disk_is_told_in_words_and_leaves_nothing(large, small_files):
+    before = sorted(large.iterdir())
+    with pytest.raises(StorageError, match=r"/cc: .*too large.*Make room"):
+        compress(large / "a", large / "cc", KEEP_ALL)
+    with pytest.raises(StorageError, match=r"/dd: .*too large.*Make room"):
+        decompress(large / "small", large / "dd")
+    with pytest.raises(StorageError, match="/mm: "):
+        save_merged(large / "a", large / "mm", load_weights(large / "a"))
+    assert sorted(large.iterdir()) == before

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from fedtune.base import open_base
 from fedtune.cli.main import app
-from fedtune.errors import ConfigError, FedtuneError, ModelError
+from fedtune.errors import ConfigError, FedtuneError, ModelError, WireError
 from fedtune.lora import find_layers, load_peft, save_peft
 
 
@@ -54,6 +54,14 @@ def test_merge_takes_plain_and_compressed_adapters(adapters):
         (("compress", "a", "out", "--per", "row"), ConfigError, "--per"),
         (("compress", "a", "out", "--density", "2"), ConfigError, "density"),
         (("compress", "none", "out"), ModelError, "none"),
+        (("compress", "a", "out", "--rank", "32"), ConfigError, "--rank: expected --codec delta-come or ere"),
+        (("compress", "a", "out", "--base", "b", "--no-balance"), ConfigError, "--balance: .* --base b"),
+        *(
+            (("compress", "a", "out", "--base", "b", "--codec", codec, *words), ConfigError, f"{words[0]}: .* {codec}")
+            for codec in ("ere", "delta-come")
+            for words in (("--density", "0.1"), ("--alpha", "1"), ("--scale", "std"), ("--per", "vector"))
+        ),
+        (("decompress", "a", "out", "--max-gb", "1"), ModelError, "compressed adapter"),
         (("merge", "a", "--out", "out"), ConfigError, "two or more"),
         (("merge", "a", "none", "--out", "out"), ModelError, "none"),
         (("merge", "a", "b", "--out", "out", "--weights", "x"), ConfigError, "--weights"),
@@ -159,3 +167,20 @@ def test_a_compressed_adapter_is_evaluated_as_the_plain_one(tmp_path):
     said = fedtune("evaluate", config, "--no-base", "--adapter", small, "--adapter", plain, "--json")
     losses = json.loads(said)
     assert losses[str(small)] == losses[str(plain)]
+
+
+def test_how_much_a_small_file_may_come_to_is_the_users_to_say(adapters):
+    fedtune("compress", adapters / "a", adapters / "small")
+    with pytest.raises(WireError, match="--max-gb 1"):
+        fedtune("decompress", adapters / "small", adapters / "plain", "--max-gb", 1e-6)
+    assert not (adapters / "plain").exists()
+    fedtune("decompress", adapters / "small", adapters / "plain", "--max-gb", 1e-5)
+
+
+def test_a_sweep_takes_a_compressed_adapter(tmp_path):
+    save_tiny_adapter(tmp_path / "a", 0.01)
+    fedtune("compress", tmp_path / "a", tmp_path / "small", "--density", 0.5)
+    config = tmp_path / "c.toml"
+    config.write_text('[model]\nname = "tiny"\n[data]\nname = "topics"\nheld_out_rows = 4\n')
+    said = fedtune("compress", tmp_path / "small", tmp_path / "smaller", "--sweep", config, "--within", 10)
+    assert "(density 0.05, alpha" in said
