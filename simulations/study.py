@@ -47,6 +47,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fedtune.config import Config, load
+from fedtune.errors import FedtuneError
 
 LABELS = {
     "round": "round",
@@ -148,8 +149,12 @@ class Study:
     def run(self, job: Job, one_process: bool = False) -> None:
         """Runs one command unless its report is there already."""
         result = self.out / f"{job.name}.json"
+        note, settings = self.out / f"{job.name}.settings", "\n".join([*self._sets(job), "", self.file.read_text()])
         if result.exists():
+            if note.exists() and note.read_text() != settings:
+                raise SystemExit(f"{job.name}: {note} has other settings; name another --out, or remove {result}")
             return
+        note.write_text(settings)
         print(f"{job.name}: {job.arm.title}", flush=True)
         folder = self.out / job.name
         if one_process:
@@ -162,7 +167,10 @@ class Study:
         index = ["--index", str(job.index)] if job.index >= 0 else []
         with (self.out / f"{job.name}.log").open("a") as log:
             command = _fedtune(job.arm.command, self.file, sets, *index, "--plain")
-            subprocess.run(command, check=True, stdout=log, stderr=log)
+            code = subprocess.run(command, check=False, stdout=log, stderr=log).returncode
+        if code:
+            said = Path(log.name).read_text().strip().splitlines()[-3:]
+            raise SystemExit("\n".join([f"{job.name}: ended with code {code}; its log is {log.name}:", *said]))
         result.write_text((folder / "report.json").read_text())
 
     def measure(self, job: Job) -> dict[str, dict[str, float]]:
@@ -172,9 +180,10 @@ class Study:
             print(f"{job.name}: measuring on {self.rows} rows", flush=True)
             sets = [*self._sets(job), f"data.held_out_rows={self.rows}", f"run.folder={self.out}", "client.threads=1"]
             adapter = ("--adapter", str(self.out / job.name))
-            done = subprocess.run(
-                _fedtune("evaluate", self.file, sets, *adapter, "--json"), check=True, stdout=subprocess.PIPE, text=True
-            )
+            command = _fedtune("evaluate", self.file, sets, *adapter, "--json")
+            done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise SystemExit(f"{job.name}: measuring ended with code {done.returncode}; the reason is above")
             found = json.loads(done.stdout)
             path.write_text(json.dumps({"base": found["base"], "final": found[adapter[1]]}, indent=2) + "\n")
         return json.loads(path.read_text())
@@ -256,7 +265,8 @@ def draw(plot: Plot, arms: list[Arm], rows: list[Row], path: Path) -> None:
     base = fmean(r.path[0] for r in rows)
     label = "held-out loss, nats per token" + " below the base model" * plot.below
     axes.set(xlabel=LABELS[plot.x], ylabel=label)
-    axes.set_ylim(*((0, None) if plot.below else (0, base * 1.05)))
+    highest = max(height for line in axes.lines for height in line.get_ydata())
+    axes.set_ylim(*((0, None) if plot.below else (0, min(base * 1.05, highest * 1.15))))
     if plot.log:
         axes.set_xscale("log")
     axes.set_title(f"base model: {base:.2f}", fontsize=10, loc="left")
@@ -350,6 +360,9 @@ def _each(work: Callable[[Job], Any], jobs: list[Job], at_a_time: int) -> list[A
             raise CancelledError
         try:
             return work(job)
+        except FedtuneError as error:
+            failed.set()
+            raise SystemExit(f"{job.name}: {error}") from error
         except BaseException:
             failed.set()
             raise

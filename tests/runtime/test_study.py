@@ -70,6 +70,8 @@ def test_a_study_gives_a_table_and_a_plot_and_goes_on_where_it_was(tmp_path: Pat
     report = json.loads((tmp_path / "out" / "flora-s0" / "report.json").read_text())
     assert next(row for row in rows if row["arm"] == "flora")["up"][-1] == sum(r["bytes_up"] for r in report["rounds"])
     assert (tmp_path / "out" / "bytes.png").read_bytes().startswith(b"\x89PNG")
+    other = run(tmp_path, "--set", "rounds.count=3")
+    assert (other.returncode, "flora-s0.settings has other settings" in other.stderr) == (1, True)
     again = run(tmp_path)
     assert again.stdout.strip() == table.strip(), "a second run runs nothing and shows the same table"
 
@@ -114,10 +116,23 @@ def test_the_first_arm_that_fails_ends_the_study(tmp_path: Path) -> None:
     (tmp_path / "arms.toml").write_text(ARMS.replace("[[arm]]", broken + "[[arm]]", 1))
     done = run(tmp_path)
     assert done.returncode == 1
-    assert "CalledProcessError" in done.stderr
+    log = tmp_path / "out" / "broken-s0.log"
+    assert f"broken-s0: ended with code 3; its log is {log}" in done.stderr
+    assert "/no/such/file.csv" in done.stderr
+    assert "Traceback" not in done.stderr
     assert "broken-s0" in done.stdout
     assert "flora-s0" not in done.stdout
-    assert "/no/such/file.csv" in (tmp_path / "out" / "broken-s0.log").read_text()
+
+
+def test_results_of_other_settings_are_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(CONFIG)
+    (tmp_path / "arms.toml").write_text(ARMS)
+    (tmp_path / "out").mkdir()
+    for kind in ("json", "settings"):
+        (tmp_path / "out" / f"flora-s0.{kind}").write_text("{}")
+    done = run(tmp_path, "--only", "flora", "--seeds", "0", "--set", "rounds.count=50")
+    assert done.returncode == 1
+    assert "flora-s0.settings has other settings; name another --out" in done.stderr
 
 
 @pytest.mark.parametrize("file", sorted(SIMULATIONS.glob("*/arms*.toml")), ids=lambda f: f"{f.parent.name}-{f.stem}")
