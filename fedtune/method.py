@@ -275,3 +275,9 @@ class Method(ABC):
     @abstractmethod
     def export(self, state: Tensors, folder: Path, base_model: str) -> None:
         """Writes `state` as a PEFT adapter directory."""
+
+
+def links(method: Method) -> dict[str, Compression]:
+    """Returns how a method's tensors travel: its `uplink`, and its `downlink` if it has one."""
+    found = {name: getattr(method, name, None) for name in ("uplink", "downlink")}
+    return {name: link for name, link in found.items() if isinstance(link, Compression)}

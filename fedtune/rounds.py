@@ -15,10 +15,23 @@ from typing import Any
 from fedtune import exact
 from fedtune.codecs import raw
 from fedtune.errors import ProtocolError, RoundError, WireError, problem
-from fedtune.method import ClientJob, Member, Method
+from fedtune.method import BaseModel, ClientJob, Member, Method, links
 from fedtune.tensors import Array, Manifest, Tensors, leaf_digest, root_digest
 
 MAX_WEIGHT = exact.MAX_TOTAL_WEIGHT
+
+
+def begin(method: Method, base: BaseModel, seed: int) -> Tensors:
+    """Returns the state of version 0.
+
+    Raises:
+        ConfigError: the method does not fit the base, or no update of a usual client fits into its `budget_kb`.
+    """
+    state = method.init(base, seed)
+    for name, link in links(method).items():
+        if link.budget_kb:
+            link.check(method.template(state, admit(method, Member("client"))), f"method.{name}")
+    return state
 
 
 def admit(method: Method, member: Member) -> Member:
@@ -169,4 +182,4 @@ def _seed(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-__all__ = ["MAX_WEIGHT", "Replica", "Round", "Task", "admit", "job_seed", "receive", "round_seed", "work"]
+__all__ = ["MAX_WEIGHT", "Replica", "Round", "Task", "admit", "begin", "job_seed", "receive", "round_seed", "work"]

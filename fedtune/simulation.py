@@ -11,7 +11,7 @@ from fedtune.capability import planned
 from fedtune.codecs import raw
 from fedtune.errors import ModelError, problem
 from fedtune.method import BaseModel, Member, Method
-from fedtune.rounds import Replica, Round, Task, admit, receive, work
+from fedtune.rounds import Replica, Round, Task, admit, begin, receive, work
 from fedtune.tensors import Tensors, digest
 from fedtune.worker import Worker
 
@@ -75,7 +75,7 @@ def simulate(
     Raises:
         ModelError: a worker holds another base model.
     """
-    state = method.init(base, seed)
+    state = begin(method, base, seed)
     clients = [_open(admit(method, member), base, open_worker) for member in members]
     if plan_s:
         for client, stated in zip(clients, members, strict=True):

@@ -31,7 +31,7 @@ def config_checks(path: Path, overrides: tuple[str, ...], fetch: bool) -> Iterat
         return
     yield Check(OK, "configuration", f"{path}: {config.method.name}, {config.rounds.count} rounds")
     if said := unused(config):
-        yield Check(WARN, "training", said, "Nothing, if you know it: the keys serve other methods")
+        yield Check(WARN, "unused keys", said, "Nothing, if you know it: the keys serve other methods or codecs")
     yield _folder(config.run.folder)
     yield from _counts(config)
     yield _port(config.server.address)
@@ -126,10 +126,10 @@ def _fetch_model(name: str, revision: str) -> Path:
 def _layers(config: "Config", base: "BaseModel") -> Check:
     """Whether every client may join, and what an update of the largest will weigh."""
     from fedtune.config.members import member_config, member_of
-    from fedtune.rounds import admit
+    from fedtune.rounds import admit, begin
 
     try:
-        state = config.method.init(base, config.run.seed)
+        state = begin(config.method, base, config.run.seed)
         nbytes = []
         for index in range(config.simulation.clients):
             client = member_config(config, index, config.server.address).client

@@ -67,12 +67,13 @@ def check_counts(config: "Config") -> None:
 
 
 def check_layers(config: "Config") -> None:
-    """Checks that the base has the method's layers, before any program starts."""
+    """Checks that the base has the method's layers, and that updates can be sent, before any program starts."""
     from fedtune.base import open_base
     from fedtune.locate import locate_model
+    from fedtune.rounds import begin
 
     base = open_base(locate_model(config.model.name, config.model.revision), config.model.name)
-    config.method.init(base, config.run.seed)
+    begin(config.method, base, config.run.seed)
 
 
 def for_simulation(config: "Config") -> list[str]:

@@ -1,14 +1,16 @@
 """Ternary codes that fit into a number of bytes: the density follows from the budget and from the update itself."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import log2
 
-from fedtune.codecs.signs import size_of
+import numpy as np
+
+from fedtune.codecs.signs import Code, size_of
 from fedtune.codecs.ternary import Ternary
-from fedtune.codecs.ternary_format import floating
+from fedtune.codecs.ternary_format import floating, pack
 from fedtune.errors import WireError, problem
-from fedtune.tensors import Array, Manifest, Tensors
+from fedtune.tensors import Array, Manifest, Tensors, TensorSpec
 
 MOST = 0.5
 """Beyond it one scale has to stand for ever smaller values: of a normal distribution no more would be gained."""
@@ -56,6 +58,18 @@ class Budget:
         """Returns the budget, or what a payload for `manifest` has at most if that is less."""
         return min(self.nbytes, self.ternary.largest(manifest))
 
+    def least(self, manifest: Manifest) -> int:
+        """Returns the fewest bytes in which a payload for `manifest` says more than that nothing has changed.
+
+        It keeps one value: of each tensor where `ternary` takes the largest of each, else of the one that costs least.
+        """
+        specs = floating(manifest)
+        loose = sum(spec.nbytes for spec in manifest.specs if spec not in specs)
+        whole = {i: (spec.dtype, spec.nbytes) for i, spec in enumerate(specs) if spec.nbytes}
+        alone = [{i} for i in {kind: i for i, kind in whole.items()}.values()]  # one tensor of each size
+        ways = [set(whole)] if self.ternary.top == "tensor" else alone or [set()]
+        return loose + min(self._nbytes([_one(spec, i in kept) for i, spec in enumerate(specs)]) for kept in ways)
+
     def density(self, manifest: Manifest) -> float:
         """Returns the density at which the bound, (H(p) + p) bits a value, meets the budget."""
         bits = 8 * self.nbytes / max(1, sum(size_of(spec) for spec in floating(manifest)))
@@ -65,11 +79,20 @@ class Budget:
             low, high = (middle, high) if _bits(middle) < bits else (low, middle)
         return high
 
+    def _nbytes(self, codes: Sequence[Code]) -> int:
+        manifest = Manifest(tuple(code.spec for code in codes))
+        return sum(len(part) for part in pack(codes, {}, manifest, self.ternary.sigma == "tensor"))
+
     def _smallest(self, tensors: Tensors, manifest: Manifest) -> bytes:
         payload = b"".join(replace(self.ternary, density=1e-12).encode(tensors, manifest))
         if len(payload) > self.nbytes:
             raise WireError(problem("budget", f"at least {len(payload)} bytes", self.nbytes, "Raise budget_kb"))
         return payload
+
+
+def _one(spec: TensorSpec, kept: bool) -> Code:
+    """A code that keeps the first value, or none."""
+    return Code(spec, int(kept), 0.0, np.ones(int(kept), np.int8), np.zeros(int(kept), np.int64))
 
 
 def _bits(p: float) -> float:

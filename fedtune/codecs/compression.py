@@ -3,6 +3,7 @@
 A method that ships tensors has a field of this type; `fedtune.method.Method` encodes and decodes with it.
 """
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -19,10 +20,16 @@ from fedtune.codecs.signs import Code
 from fedtune.codecs.spectral import delta_come, ere
 from fedtune.codecs.ternary import Ternary
 from fedtune.codecs.ternary_format import unpack
+from fedtune.errors import ConfigError, problem
 from fedtune.tensors import Array, Manifest, Tensors
 
 RESIDUAL = "residual/"
 """Names in a client's memory that begin so hold what compression has left out so far."""
+_KEYS = {
+    "ere": ("rank",),
+    "delta-come": ("rank",),
+    "ternary": ("density", "budget_kb", "alpha", "scale", "top", "sigma"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "allow_inf_nan": False})
@@ -66,6 +73,20 @@ class Compression:
     def exact(self) -> bool:
         """Whether every bit arrives."""
         return self.codec == "raw"
+
+    @property
+    def idle(self) -> list[str]:
+        """Keys that are not as by default and have no effect beside the others."""
+        used = {"codec", "feedback", *_KEYS.get(self.codec, ())} - ({"density"} if self.budget_kb else set())
+        usual, names = Compression(), [field.name for field in fields(self)]
+        return [name for name in names if name not in used and getattr(self, name) != getattr(usual, name)]
+
+    def check(self, manifest: Manifest, key: str) -> None:
+        """Raises ConfigError when no update of `manifest` fits into the budget; `key` is where this is configured."""
+        coder = self.coder
+        if isinstance(coder, Budget) and coder.nbytes < (least := coder.least(manifest)):
+            want = f"at least {least / 1000:g} for {len(manifest.specs)} tensors"
+            raise ConfigError(problem(f"{key}.budget_kb", want, self.budget_kb, "Raise it, or leave it out"))
 
     @property
     def coder(self) -> Codec:

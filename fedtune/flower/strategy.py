@@ -26,7 +26,7 @@ from fedtune.flower.record import RoundLog, RunFolder
 from fedtune.flower.replies import Lack, Update, read_update
 from fedtune.flower.roster import HELLO_S, Node, Roster, pause, pull, push
 from fedtune.method import BaseModel, Member
-from fedtune.rounds import Round, admit
+from fedtune.rounds import Round, admit, begin
 from fedtune.selection import asked, select
 from fedtune.tensors import Tensors, digest
 
@@ -65,7 +65,7 @@ class FedtuneStrategy(Strategy):  # type: ignore[misc]  # flwr is an extra, so i
             folder: where adapters and records go; None keeps nothing but `state`.
         """
         self._config, self._shared, self._base, self._folder = config, Shared.of(config), base, folder
-        self.state: Tensors = config.method.init(base, config.run.seed)
+        self.state: Tensors = begin(config.method, base, config.run.seed)
         self.digest = digest(self.state)
         self._greeting = welcome(self._shared, base.digest, "")
         self._roster: Roster | None = None

@@ -15,6 +15,7 @@ from fedtune.errors import ConfigError, ModelError, problem
 from fedtune.hub import find_model
 from fedtune.method import BaseModel
 from fedtune.report.folder import refuse_centralised
+from fedtune.rounds import begin
 from fedtune_server import records
 from fedtune_server.blobs import Blobs, storage_error
 from fedtune_server.events import Events
@@ -138,7 +139,7 @@ def _version(shared: Shared, base: BaseModel, store: Store, blobs: Blobs) -> Ver
     row = store.call(records.read_version)
     if row is not None:
         return load_version(blobs, row)
-    version = save_version(blobs, 0, shared.method.init(base, shared.seed), None)
+    version = save_version(blobs, 0, begin(shared.method, base, shared.seed), None)
     store.call(records.write_version(version.row))
     return version
 

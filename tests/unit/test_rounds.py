@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from fedtune.errors import RoundError, WireError
+from fedtune.codecs.compression import Compression
+from fedtune.errors import ConfigError, RoundError, WireError
 from fedtune.method import Member
 from fedtune.methods import METHODS, FedAvgLoRA, FLoRA
-from fedtune.rounds import MAX_WEIGHT, Replica, Round, Task, job_seed, receive, work
+from fedtune.rounds import MAX_WEIGHT, Replica, Round, Task, begin, job_seed, receive, work
 from fedtune.tensors import Manifest, digest
 from fedtune.testing import ToyWorker
 
@@ -32,6 +33,14 @@ def test_methods_are_found_by_name():
     assert METHODS["flora"] is FLoRA
     assert METHODS["fedavg-lora"] is FedAvgLoRA
     assert all(cls.name == name for name, cls in METHODS.items())
+
+
+@pytest.mark.parametrize("name", ["fedavg-lora", "flora"])
+@pytest.mark.parametrize("key", ["uplink", "downlink"])
+def test_a_budget_that_no_update_meets_is_refused_at_the_start(base, name, key):
+    begin(METHODS[name](rank=2, **{key: Compression(codec="ternary", budget_kb=1)}), base, 0)
+    with pytest.raises(ConfigError, match=rf"method\.{key}\.budget_kb: expected at least"):
+        begin(METHODS[name](rank=2, **{key: Compression(codec="ternary", budget_kb=0.01)}), base, 0)
 
 
 @pytest.mark.parametrize("weight", [0, -1, MAX_WEIGHT + 1, 2**63, 2**64 - 1])

@@ -56,6 +56,7 @@ def test_a_healthy_configuration(fedtune, config):
         ("rounds.cout=3", "configuration", "did you mean count?"),
         ("model.name=/nowhere/at/all", "model", "/nowhere/at/all"),
         ("method.target_modules=['nothing']", "layers and ranks", "q_proj"),
+        ("method.uplink={codec='ternary', budget_kb=0.01}", "layers and ranks", "method.uplink.budget_kb"),
         ("simulation.ranks=[1000]", "layers and ranks", "1 to 256"),
         ("data.name=/nowhere.jsonl", "data", "/nowhere.jsonl"),
         ("data.response=nothing", "data", "row 1"),
@@ -91,3 +92,9 @@ def test_people_read_lines_with_the_mend_below(fedtune, config):
     ended = fedtune("doctor", config, "--set", "data.name=/nowhere.jsonl")
     assert "fail data" in ended.out
     assert "-> Mend [data]" in ended.out
+
+
+def test_keys_without_effect_are_named(fedtune, config):
+    code, checks = look(fedtune, config, "--set", "method.uplink={codec='int8', density=0.5}")
+    assert code == 0
+    assert checks["unused keys"]["said"] == "method.uplink.density: not used by codec int8"

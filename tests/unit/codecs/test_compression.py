@@ -14,7 +14,7 @@ from fedtune.codecs.compression import RESIDUAL, Compression, Link, change, chan
 from fedtune.codecs.feedback import units
 from fedtune.codecs.spectral import delta_come, ere
 from fedtune.codecs.ternary import Ternary
-from fedtune.errors import WireError
+from fedtune.errors import ConfigError, WireError
 from fedtune.tensors import DTYPES, Manifest, digest
 
 
@@ -170,6 +170,47 @@ def test_a_budget_for_nothing_is_refused_with_what_it_takes():
     bag = tensors()
     with pytest.raises(WireError, match=r"budget: expected at least \d+ bytes, got 10\. Raise budget_kb"):
         list(Budget(ternary=Ternary(), nbytes=10).encode(bag, Manifest.of(bag)))
+
+
+@pytest.mark.parametrize("top", ["vector", "tensor"])
+@pytest.mark.parametrize("sigma", ["vector", "tensor"])
+@pytest.mark.parametrize("sizes", [(1200, 30), (40, 7), (2,), (100_000, 3, 0)])
+def test_the_least_budget_is_known_before_there_is_an_update(top, sigma, sizes):
+    """It is what the cheapest update takes, the first value of one tensor or of each, and no other takes less."""
+    rng = np.random.Generator(np.random.Philox(4))
+    kept = range(len(sizes)) if top == "tensor" else [int(np.argmin([size or 1 << 40 for size in sizes]))]
+    cheap = {str(i): np.zeros(size, np.float32) for i, size in enumerate(sizes)}
+    for i in kept:
+        cheap[str(i)][:1] = 1
+    cheap |= {"n": np.arange(3)}
+    manifest, ternary = Manifest.of(cheap), Ternary(top=top, sigma=sigma, scale="least-squares")
+    least = Budget(ternary=ternary, nbytes=1).least(manifest)
+    list(Budget(ternary=ternary, nbytes=least).encode(cheap, manifest))
+    for _ in range(5):
+        other = {name: rng.normal(size=array.size).astype(array.dtype) for name, array in cheap.items()}
+        with pytest.raises(WireError, match=r"at least \d+ bytes"):
+            list(Budget(ternary=ternary, nbytes=least - 1).encode(other, manifest))
+
+
+def test_a_budget_that_no_update_meets_is_told_before_there_is_one():
+    manifest = Manifest.of(tensors())
+    Compression(codec="ternary", budget_kb=1).check(manifest, "x")
+    with pytest.raises(ConfigError, match=r"x\.budget_kb: expected at least 0\.0\d+ for 2 tensors, got 0\.01"):
+        Compression(codec="ternary", budget_kb=0.01).check(manifest, "x")
+
+
+@pytest.mark.parametrize(
+    ("how", "idle"),
+    [
+        ({"codec": "int8", "density": 0.5, "alpha": 2.0, "feedback": True}, ["density", "alpha"]),
+        ({"codec": "ternary", "density": 0.5, "alpha": 2.0, "rank": 4, "top": "tensor"}, ["rank"]),
+        ({"codec": "ternary", "density": 0.5, "budget_kb": 5}, ["density"]),
+        ({"codec": "ere", "rank": 4, "sigma": "vector"}, ["sigma"]),
+        ({"codec": "raw"}, []),
+    ],
+)
+def test_keys_without_effect_are_known(how, idle):
+    assert Compression(**how).idle == idle
 
 
 def test_a_payload_beyond_the_budget_is_refused():

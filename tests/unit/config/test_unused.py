@@ -39,3 +39,11 @@ def test_methods_with_gradients_use_all_of_it():
 def test_a_rate_of_b_is_for_methods_that_have_one():
     assert _said("fedavg", lora_plus=4.0).startswith("training.lora_plus: not used by fedavg")
     assert _said("ffa-lora", lora_plus=4.0) == ""
+
+
+def test_keys_that_a_codec_does_not_use_are_named():
+    links = {"uplink": {"codec": "int8", "density": 0.5}, "downlink": {"codec": "ternary", "rank": 4, "alpha": 2.0}}
+    said = unused(parse({"method": {"name": "fedavg-lora", **links}}))
+    assert said == "method.uplink.density: not used by codec int8; method.downlink.rank: not used by codec ternary"
+    budget = {"name": "flora", "uplink": {"codec": "ternary", "density": 0.5, "budget_kb": 50}}
+    assert unused(parse({"method": budget})) == "method.uplink.density: not used beside budget_kb"
