@@ -12,23 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedtune.cli.complaints import errors
+
 _PATIENCE_S = 10.0
 
 
 @dataclass
 class Program:
-    """One program of the run; `code` is None while it runs, negative when a signal ended it."""
+    """One program of the run; `code` is None while it runs, negative when a signal ended it.
+
+    Attributes:
+        begin: where the lines of its last start begin in its log, in bytes.
+    """
 
     name: str
     arguments: list[str]
     log: Path
     process: subprocess.Popen[bytes] | None = None
+    begin: int = 0
 
     def start(self) -> None:
         """Starts the program, or starts it again. It does not see Ctrl-C, and ends when this process is gone."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         leash = [sys.executable, "-m", "fedtune.cli.leash", sys.executable, "-m"]
         with self.log.open("ab") as log:
+            self.begin = log.tell()
             self.process = subprocess.Popen(
                 [*leash, *self.arguments],
                 stdin=subprocess.DEVNULL,
@@ -66,14 +74,14 @@ class Program:
         return self.code
 
     def last_words(self) -> str:
-        """Returns what the program last complained of: the message of an error, else the last line of its log."""
+        """Returns what the program complained of since its start: its errors, else the last line of its log."""
         try:
-            lines = self.log.read_text(errors="replace").strip().splitlines()
+            data = self.log.read_bytes()[self.begin :]
         except OSError:
             return "no log"
-        for i in range(len(lines) - 1, -1, -1):
-            if lines[i].startswith("error: "):
-                return "\n".join([lines[i].removeprefix("error: "), *lines[i + 1 :]])
+        lines = data.decode(errors="replace").strip().splitlines()
+        if named := errors(lines):
+            return "\n".join(named)
         return _message(lines[-1]) if lines else "an empty log"
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from fedtune.cli.complaints import Complaints
 from fedtune.cli.programs import Program
 from fedtune.cli.remote import fetch_status, running_address
 from fedtune.cli.view import RunView
@@ -44,6 +45,7 @@ class Supervisor:
         self._folder, self._coordinator, self._host = folder, coordinator, host
         self._view, self._on_round = view, on_round
         self._tail = Tail(folder / "events.jsonl", from_end=True)
+        self._complaints = Complaints(host.log)
         self._restarts = 0
         self._asked_s = 0.0
         self._finished = False
@@ -124,6 +126,8 @@ class Supervisor:
     def _look(self) -> None:
         for event in self._tail.read():
             self._take(event)
+        for complaint in self._complaints.read():
+            self._view.note(f"failed: {complaint}")
 
     def _take(self, event: Event) -> None:
         self._view.tell(event)

@@ -17,7 +17,7 @@ from fedtune.cli.programs import Program
 from fedtune.cli.remote import RemoteClient, RemoteStatus
 from fedtune.cli.supervise import Supervisor
 from fedtune.cli.view import RunView
-from fedtune.errors import ConfigError, ModelError, RoundError
+from fedtune.errors import ConfigError, FedtuneError, ModelError, RoundError
 
 SAY = """
 import json, os, sys, time
@@ -111,6 +111,30 @@ def test_clients_that_end_with_an_error_end_the_run(stage):
     assert s.alive() == []
 
 
+CLIENTS = """
+def write(text):
+    sys.stderr.write(text); sys.stderr.flush()
+write('client-00: joined\\nclient-00: error: steps: none\\n{"event": "client_exited", "client": "client-00"}\\n')
+"""
+
+
+def test_what_each_client_complained_of_ends_the_run_in_its_own_words(stage):
+    more = 'write(\'client-01: error: steps: none\\nclient-02: unexpected error: KeyError\\n{"event": "x"}\\n\')'
+    s = stage(f"say('ready')\n{IDLE}", f"{CLIENTS}{more}\nsys.exit(10)")
+    (s.folder / "host.log").write_text("client-09: error: of an earlier start\n")
+    with pytest.raises(FedtuneError) as raised:
+        s.supervisor.run()
+    said = "host: client-00, client-01: steps: none\nclient-02: unexpected error: KeyError\n"
+    assert str(raised.value) == f"{said}  log: {s.folder / 'host.log'}"
+
+
+def test_a_client_that_fails_is_told_of_with_the_reason_while_the_others_go_on(stage):
+    s = stage(f"say('ready')\nwhile not os.path.exists('failed'): time.sleep(0.05)\ntime.sleep(1.0)\n{WELL}",
+              f"{CLIENTS}\nopen('failed', 'w').close()\n{IDLE}")  # fmt: skip
+    s.supervisor.run()
+    assert s.said().count("failed: client-00: steps: none\n") == 1
+
+
 def test_clients_that_are_killed_are_started_again(stage):
     s = stage(
         f"say('ready')\nwhile not os.path.exists('twice'): time.sleep(0.05)\n{WELL}",
@@ -139,6 +163,10 @@ def test_last_words(tmp_path):
     assert program.last_words() == "why"
     program.log.write_text("a\nerror: one\n  two\n")
     assert program.last_words() == "one\n  two"
+    program.log.write_text(
+        "a: error: one\n  two\nb: joined\nb: error: three\n" + "".join(f"{n}: error: {n}\n" for n in "xyz")
+    )
+    assert program.last_words() == "a: one\n  two\nb: three\nx: x\ny: y\nand 1 more"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
