@@ -82,7 +82,8 @@ def open_run(config: Config) -> Run:
     """Opens or creates the run of `config.run.folder`; fetches its base model when that is of the hub and not here yet.
 
     Raises:
-        ConfigError: the folder holds a run with other settings, or a centralised one, or is in use.
+        ConfigError: the folder holds a run with other settings, or a centralised one, or is in use; or the method does
+            not fit the base.
         ModelError: the base model is missing, or is not the one the run was started with.
         UnavailableError: the base model is to be fetched, and the hub cannot be reached.
         StorageError: the folder cannot be written, or what it holds is damaged.
@@ -98,6 +99,7 @@ def open_run(config: Config) -> Run:
     _same_base(base, meta, folder)
     blobs = Blobs(folder / "blobs")
     if "run_id" not in meta:
+        begin(shared.method, base, shared.seed)  # what it refuses leaves no record of a run
         meta = _create(shared, base, store, folder)
     version = _version(shared, base, store, blobs)
     book = Book(store.call(records.read_ledger))
