@@ -9,10 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedtune import averaging, exact
+from fedtune.codecs.compression import Compression
 from fedtune.codecs.reader import varint
 from fedtune.codecs.ternary import Ternary
 from fedtune.codecs.ternary_format import largest, pack, unpack
 from fedtune.errors import ConfigError, WireError
+from fedtune.exact import ExactSum
+from fedtune.method import Member
 from fedtune.tensors import DTYPES, Manifest, digest
 
 FLOATS = ["float64", "float32", "float16", "bfloat16"]
@@ -382,26 +386,43 @@ def bend(rng, payload):
 
 
 def fuzz(frames, seed):
-    """Decodes bent payloads; what is not refused must be a bag of the manifest, finite, within the bounds."""
+    """Decodes and folds bent payloads.
+
+    What is refused leaves the sum as it was; the others are a bag of the manifest, finite, and fold as they decode.
+    """
     rng = np.random.Generator(np.random.Philox(seed))
     tensors = draw(9, [(40, 10), (64,), (1,), (0,)]) | {"n": np.arange(2, dtype=np.int32)}
-    manifest = Manifest.of(tensors)
+    manifest, link, member = Manifest.of(tensors), Compression(codec="ternary"), Member("a")
     seeds = [
         encoded(Ternary(density=d, sigma=s), tensors)
         for d in (0.0, 0.01, 0.1, 0.25, 0.5, 1.0)
         for s in ("vector", "tensor")
     ]
+    total = averaging.add_codes(None, link.codes(seeds[4], manifest), member, 1)
     accepted = 0
     for i in range(frames):
-        payload = bend(rng, seeds[i % len(seeds)])
+        payload, held = bend(rng, seeds[i % len(seeds)]), copied(total)
         try:
             decoded = Ternary().decode(payload, manifest)
+            averaging.add_codes(total, link.codes(payload, manifest), member, 1)
         except WireError:
+            assert same(total, held)
             continue
         accepted += 1
         assert Manifest.of(decoded) == manifest
         assert all(np.isfinite(array).all() for array in decoded.values())
+        assert same(total, {name: exact.add(part, decoded[name], 1, name) for name, part in held.items()})
     return accepted
+
+
+def copied(total):
+    return {name: ExactSum(part.high.copy(), part.low.copy()) for name, part in total.items()}
+
+
+def same(one, other):
+    return all(np.array_equal(part.high, other[name].high) for name, part in one.items()) and all(
+        np.array_equal(part.low, other[name].low) for name, part in one.items()
+    )
 
 
 def test_bent_payloads_never_crash():
