@@ -3,9 +3,11 @@
 The authors' way is written from its description (`src/qlora/ties_utils.py` of prateeky2806/ComPEFT): the k-th value of
 the magnitudes, a mask, a product, the standard deviation times the sign; "whole" also has the mean that they take and
 their check that nothing left out is larger than what is kept. It gives a dense tensor and writes no bytes; ours is
-timed from the dense vector to the last byte, in numpy alone and with numba's loops, whose bytes must be the same. The
-limit of bytes is sum_t n_t (H(p_t) + p_t), of time a read of the vector. Sizes are of three bags: an i.i.d. vector, a
-made-up adapter whose tensors differ in scale by up to 30 times, and with --adapter a PEFT adapter of your own.
+timed from the dense vector to the last byte, in numpy alone and with numba's loops, whose bytes must be the same.
+"Decode and add" is what a client does with a compressed step of the state (float32), "fold" what a coordinator does
+with an update (exact sums, two int64 a value). The limit of bytes is sum_t n_t (H(p_t) + p_t), of time a read of the
+vector. Sizes are of three bags: an i.i.d. vector, a made-up adapter whose tensors differ in scale by up to 30 times,
+and with --adapter a PEFT adapter of your own.
 """
 
 import os
@@ -18,9 +20,12 @@ import numpy as np
 from _sparse import WAYS, bound_bytes
 from _table import Row, interleave, options, report
 
+from fedtune import exact
+from fedtune.averaging import add_codes
 from fedtune.codecs.backend import Way, using
 from fedtune.codecs.ternary import Ternary
 from fedtune.codecs.ternary_format import unpack
+from fedtune.method import Member
 from fedtune.tensors import Manifest, Tensors
 
 DENSITIES = (0.05, 0.1, 0.2, 0.5)
@@ -87,6 +92,7 @@ def times(x: np.ndarray, repeats: int) -> list[Row]:
     torch.set_num_threads(1)
     tensor, bag, total = torch.from_numpy(x), {"x": x}, np.zeros_like(x)
     manifest, rows = Manifest.of(bag), []
+    sums = {"x": exact.add(None, x, 1, "x")}
     for density in DENSITIES:
         codec = Ternary(density=density)
         payload = b"".join(codec.encode(bag, manifest))
@@ -98,6 +104,8 @@ def times(x: np.ndarray, repeats: int) -> list[Row]:
             "limit": lambda: x.sum(),
             "add": lambda p=payload: [code.add_to(total, 1.0) for code in unpack(p, manifest)[0]],
             "dense": lambda c=codec, p=payload: np.add(total, c.decode(p, manifest)["x"], out=total),
+            "fold": lambda p=payload: add_codes(sums, unpack(p, manifest)[0], Member("a"), 1),
+            "fold dense": lambda c=codec, p=payload: exact.add(sums["x"], c.decode(p, manifest)["x"], 1, "x"),
         }
         if ways["numpy"]() != ways["numba"]():
             raise SystemExit(f"numpy and numba differ at {density:.0%}")
@@ -109,9 +117,10 @@ def times(x: np.ndarray, repeats: int) -> list[Row]:
             rows.append(
                 Row(f"decode and add, {density:.0%}", best["add"], "s CPU", best[way], note=f"peer: our encode, {way}")
             )
-        rows.append(
-            Row(f"decode and add, {density:.0%}", best["add"], "s CPU", best["dense"], note="peer: by way of dense")
-        )
+            rows.append(Row(f"fold, {density:.0%}", best["fold"], "s CPU", best[way], note=f"peer: our encode, {way}"))
+        for work, key in (("decode and add", "add"), ("fold", "fold")):
+            dense = best["dense" if key == "add" else "fold dense"]
+            rows.append(Row(f"{work}, {density:.0%}", best[key], "s CPU", dense, note="peer: by way of dense"))
     return rows
 
 
