@@ -44,7 +44,10 @@ def compress(
     base: _Base = None,
     sweep: Annotated[
         Path | None,
-        typer.Option(metavar="CONFIG", help="Score densities and alphas on its held-out rows; take the best."),
+        typer.Option(
+            metavar="CONFIG_OR_ROWS",
+            help="Score densities and alphas on its held-out rows, or on a JSONL, CSV or Parquet file; take the best.",
+        ),
     ] = None,
     within: Annotated[float, typer.Option(help="Loss a sweep may give up for fewer bytes, in nats a token.")] = 0.01,
     set_: Sets = None,
@@ -55,6 +58,7 @@ def compress(
 
     * `fedtune compress adapter small --density 0.1`
     * `fedtune compress adapter small --sweep config.toml`
+    * `fedtune compress adapter small --sweep rows.jsonl`
     * `fedtune compress my-model small --base base-model`
     * `fedtune compress my-model small --base base-model --codec delta-come --rank 32`
     """
@@ -68,7 +72,7 @@ def compress(
     for name, (value, choices) in options.items():
         if value not in choices:
             raise ConfigError(problem(f"--{name}", " or ".join(choices), value))
-    _check_used(context, codec, base)
+    _check_used(context, codec, base, sweep)
     compressed.check_new(target)
     if base is None and not any(source.glob("model*.safetensors")):
         source = find_adapter(source)
@@ -80,9 +84,11 @@ def compress(
         return
     ternary = Ternary(density=density, alpha=alpha, scale=scale, top=per, sigma=per)  # type: ignore[arg-type]  # checked above
     if sweep is not None:
-        compressed.compressible(source)
-        with compressed.plain(source) as opened:
-            ternary = _sweep(opened, ternary, balance, sweep, tuple(set_ or ()), within)
+        from fedtune.cli.sweep import run_sweep
+
+        with err.status("measuring"):
+            plain, scores = run_sweep(source, ternary, balance, sweep, tuple(set_ or ()), base)
+        ternary = _chosen(plain, scores, within)
     sizes = compressed.compress(source, target, ternary, base=base, balanced=balance)
     _say(target, sizes, f"density {ternary.density:g}, alpha {ternary.alpha:g}")
 
@@ -108,14 +114,14 @@ def decompress(
     out.print(f"Wrote {target} from {source}", markup=False, soft_wrap=True)
 
 
-def _check_used(context: typer.Context, codec: str, base: Path | None) -> None:
+def _check_used(context: typer.Context, codec: str, base: Path | None, sweep: Path | None) -> None:
     """Raises ConfigError for an option that was given and would change nothing."""
 
-    def refuse(names: tuple[str, ...], want: str, got: str) -> None:
+    def refuse(names: tuple[str, ...], want: str, got: str, remedy: str = "Leave out one of the two") -> None:
         for name in names:
             source = context.get_parameter_source(name)
             if source is not None and source.name == "COMMANDLINE":
-                raise ConfigError(problem(f"--{name}", want, got, "Leave out one of the two"))
+                raise ConfigError(problem(f"--{name.strip('_')}", want, got, remedy))
 
     if codec == "ternary":
         refuse(("rank",), "--codec delta-come or ere", "--codec ternary")
@@ -123,6 +129,10 @@ def _check_used(context: typer.Context, codec: str, base: Path | None) -> None:
         refuse(_TERNARY_ONLY, "--codec ternary", f"--codec {codec}")
     if base is not None:
         refuse(("balance",), "an adapter", f"--base {base}")
+    if sweep is None:
+        refuse(("within", "set_"), "--sweep beside it", "none", "Add --sweep, or leave this out")
+    else:
+        refuse(("density", "alpha"), "no --sweep, which tries many", f"--sweep {sweep}")
 
 
 def _say(target: Path, sizes: "Sizes", how: str) -> None:
@@ -131,13 +141,8 @@ def _say(target: Path, sizes: "Sizes", how: str) -> None:
     out.print(text, markup=False, soft_wrap=True)
 
 
-def _sweep(
-    source: Path, codec: "Ternary", balance: bool, config: Path, sets: tuple[str, ...], within: float
-) -> "Ternary":
-    from fedtune.cli.sweep import run_sweep
-
-    with err.status("measuring"):
-        plain, scores = run_sweep(source, codec, balance, config, sets)
+def _chosen(plain: float, scores: "list[Score]", within: float) -> "Ternary":
+    """Prints a sweep, and returns the smallest code that loses little; raises ConfigError when there is none."""
     _print(plain, scores)
     good = [score for score in scores if score.loss <= plain + within]
     if not good:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedtune.cli.card import card, loadable
-from fedtune.cli.console import out
+from fedtune.cli.console import err, out
 from fedtune.errors import ConfigError, ModelError, StorageError, problem
 from fedtune.installed import need_training
 
@@ -47,9 +47,10 @@ def export(
     """
     from fedtune.compressed import plain
     from fedtune.personal import MEMORY, own_adapter
+    from fedtune.whole_folder import check_new
 
     found = find_adapter(source, round_)
-    refuse_taken(target)
+    check_new(target)
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(problem("--dtype", "float32 or bfloat16", dtype))
     try:
@@ -68,12 +69,6 @@ def export(
     except OSError as error:
         raise StorageError(problem(str(target), "a folder that can be written", error.strerror)) from error
     out.print(f"Wrote {target} from {source}", markup=False, soft_wrap=True)
-
-
-def refuse_taken(target: Path) -> None:
-    """Raises ConfigError when something is where a folder is to be written."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(problem(str(target), "a new or empty folder", "something is there"))
 
 
 def find_adapter(source: Path, number: int = 0) -> Path:
@@ -115,6 +110,31 @@ def is_seeds(folder: Path) -> bool:
     return (folder / FILE).exists()
 
 
+def check_seeds(result: Path, what: str, name: str, base: Path, remedy: str) -> None:
+    """Checks that a FedKSeed run was made on a base; of an older version's result, which cannot tell, says so.
+
+    Args:
+        result: folder with the run's coefficients.
+        what: it is called in an error.
+        name: of the base.
+        base: folder of the base.
+        remedy: for a result of another base, how to name that one.
+
+    Raises:
+        ModelError: it was made on another.
+    """
+    from fedtune.base import open_base
+    from fedtune.methods.fedkseed import made_on
+
+    (named, digest), here = made_on(result), open_base(base).digest
+    if not digest:
+        said = f"note: {what} does not say which weights it was made on ({named}); taken to be those of {name}"
+        err.print(said, markup=False, soft_wrap=True)
+    elif digest != here:
+        got = f"one of {named} ({digest[:12]})"
+        raise ModelError(problem(what, f"a run on {name} ({here[:12]})", got, remedy))
+
+
 def is_change(folder: Path) -> bool:
     """Whether a folder holds the change of the weights that a FedAvg run made."""
     from fedtune.methods.fedavg import FILE
@@ -134,11 +154,15 @@ def _copy(adapter: Path, target: Path, base: str) -> None:
     for name in _ADAPTER:
         shutil.copyfile(adapter / name, target / name)
     make_all_readable(target)
+    _introduce(target, base or base_of(adapter))
+
+
+def _introduce(target: Path, base: str) -> None:
+    """Names the base of an exported adapter so that others than fedtune can load it, and adds a card."""
     path = target / _ADAPTER[0]
     config = json.loads(path.read_text())
-    named = base or base_of(adapter)
-    path.write_text(json.dumps(config | {"base_model_name_or_path": loadable(named)}, indent=2) + "\n")
-    (target / "README.md").write_text(card(named))
+    path.write_text(json.dumps(config | {"base_model_name_or_path": loadable(base)}, indent=2) + "\n")
+    (target / "README.md").write_text(card(base))
 
 
 def _merge(adapter: Path, target: Path, base: str, dtype: str) -> None:
@@ -185,21 +209,21 @@ def _shift(result: Path, target: Path, base: str, dtype: str) -> None:
 def _rebuild(result: Path, target: Path, base: str, dtype: str, merge: bool) -> None:
     """Rebuilds what a FedKSeed run tuned and saves it: a PEFT adapter, or a model with its tokenizer."""
     need_training()
-    from safetensors import safe_open
-
     from fedtune.lora import save_peft
-    from fedtune.methods.fedkseed import FILE
+    from fedtune.methods.fedkseed import made_on
     from fedtune.training.merging import MergedBase
     from fedtune.training.models import choose_device, load_model, resolve_model
     from fedtune.training.seeded import SeedAdapter
     from fedtune.training.zo import rebuilt
 
-    with safe_open(result / FILE, framework="numpy") as file:
-        name = base or str((file.metadata() or {}).get("base", ""))
-    model, tokenizer = load_model(resolve_model(name), dtype, choose_device("cpu"))
+    name = base or made_on(result)[0]
+    folder = resolve_model(name)
+    check_seeds(result, str(result), name, folder, "--base BASE")
+    model, tokenizer = load_model(folder, dtype, choose_device("cpu"))
     held = rebuilt(model, result)
     if isinstance(held, SeedAdapter) and not merge:
         save_peft(target, held.factors(), rank=held.spec.rank, alpha=held.spec.alpha, base_model=name)
+        _introduce(target, name)
         return
     if isinstance(held, SeedAdapter):
         MergedBase(model).merge(held.scaled())

@@ -10,6 +10,8 @@ import typer
 from fedtune.cli.console import out
 from fedtune.errors import ConfigError, problem
 
+_BY_HAND = "Write the file with `fedtune init`, then set data.name and data.text (or prompt and response) by hand"
+
 
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("config.toml"),
@@ -46,8 +48,12 @@ def init(
     )
 
 
-def guess_columns(file: Path) -> dict[str, str]:
+def guess_columns(file: Path, remedy: str = _BY_HAND) -> dict[str, str]:
     """Says which columns of `file` hold what, from their names: keys of `[data]` such as `{"text": "body"}`.
+
+    Args:
+        file: its suffix is one of `READERS`.
+        remedy: what to do when names do not tell.
 
     Raises:
         ConfigError: the file cannot be read, or its columns have names that say nothing.
@@ -62,7 +68,6 @@ def guess_columns(file: Path) -> dict[str, str]:
     if len(names) == 1:
         return {"text": names[0]}
     want = "a column named messages or text, or a pair such as prompt and response"
-    remedy = "Write the file with `fedtune init`, then set data.name and data.text (or prompt and response) by hand"
     raise ConfigError(problem(f"columns of {file}", want, ", ".join(names), remedy))
 
 
@@ -78,7 +83,7 @@ _PAIRS = (
 
 def _columns(file: Path) -> list[str]:
     try:
-        return _READERS[file.suffix.lower()](file)
+        return READERS[file.suffix.lower()](file)
     except KeyError as error:
         raise ConfigError(problem(str(file), "a .jsonl, .csv or .parquet file", file.suffix or "no suffix")) from error
     except ImportError as error:
@@ -107,4 +112,4 @@ def _parquet(file: Path) -> list[str]:
     return list(parquet.read_schema(file).names)
 
 
-_READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".parquet": _parquet}
+READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".parquet": _parquet}

@@ -44,14 +44,15 @@ def merge(
 
     need_training()
     from fedtune import compressed
-    from fedtune.cli.export import find_adapter, refuse_taken
+    from fedtune.cli.export import find_adapter
     from fedtune.merging import Merge
     from fedtune.merging import merge as merge_changes
+    from fedtune.whole_folder import check_new
 
     how = Merge(method=method, weights=_numbers(weights), density=density, seed=seed)
     if len(adapters) < 2:
         raise ConfigError(problem("adapters", "two or more", len(adapters)))
-    refuse_taken(to)
+    check_new(to)
     found = [find_adapter(folder) for folder in adapters]
     configs = [_config(folder) for folder in found]
     loaded = [_load(folder, how) for folder in found]
