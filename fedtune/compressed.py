@@ -23,7 +23,7 @@ from fedtune.errors import ConfigError, ModelError, problem
 from fedtune.peft_weights import CONFIG, balance_lora, check_adapter, read_config
 from fedtune.tensors import Array, Manifest, Tensors, check, dtype_name
 from fedtune.weights import save_weights
-from fedtune.whole_folder import check_new, told, whole_folder
+from fedtune.whole_folder import check_new, whole_folder
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -148,13 +148,6 @@ def difference(source: Path, weights: Tensors, base: Path | None) -> dict[str, A
     return {n: _moved(array, reference[n], -1) if n in reference else array for n, array in weights.items()}
 
 
-def new_folder(target: Path) -> None:
-    """Makes a folder to write; raises ConfigError when something is there."""
-    check_new(target)
-    with told(target):
-        target.mkdir(parents=True, exist_ok=True)
-
-
 def _reference(source: Path, shapes: Mapping[str, tuple[int, ...]], base: Path | None) -> dict[str, Array]:
     """Returns what weights of these shapes are measured from, where that is not zero, in a shape that broadcasts."""
     if (source / CONFIG).exists():
@@ -222,7 +215,6 @@ __all__ = [
     "decompress",
     "difference",
     "load_weights",
-    "new_folder",
     "plain",
     "read",
     "restore",

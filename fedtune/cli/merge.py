@@ -81,15 +81,16 @@ def _load(folder: Path, how: "Merge") -> dict[str, Array]:
 
 
 def _stack(folders: list[Path], base: str, to: Path, how: "Merge") -> None:
-    from fedtune.compressed import new_folder, plain
+    from fedtune.compressed import plain
     from fedtune.lora import load_peft, save_product
     from fedtune.merging import stack
+    from fedtune.whole_folder import whole_folder
 
     with ExitStack() as opened:
         factors = stack([load_peft(opened.enter_context(plain(folder))) for folder in folders], how)
     check(factors, Manifest.of(factors), f"{to}: weights too large")
-    new_folder(to)
-    save_product(to, factors, base)
+    with whole_folder(to) as draft:
+        save_product(draft, factors, base)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

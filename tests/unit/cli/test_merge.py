@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 pytest.importorskip("peft")
 
 from fedtune.cli.main import app
-from fedtune.errors import ConfigError, FedtuneError, ModelError
+from fedtune.errors import ConfigError, FedtuneError, ModelError, StorageError
 from fedtune.lora import load_peft, save_peft
 
 WEIGHTS = "adapter_model.safetensors"
@@ -44,6 +44,19 @@ def test_an_adapter_averaged_with_itself_is_itself(one, tmp_path):
     merge("one", "one", "--method", "average")
     for name, array in load_peft(one).items():
         np.testing.assert_allclose(load_peft(tmp_path / "out")[name], array, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "writer"), [("stack", "fedtune.lora.save_weights"), ("average", "fedtune.compressed.save_weights")]
+)
+def test_what_cannot_be_written_leaves_nothing(one, tmp_path, monkeypatch, method, writer):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, full)
+    with pytest.raises(StorageError, match="No space left"):
+        merge("one", "one", "--method", method)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
 
 
 def test_vectors_of_ia3_are_averaged(one, tmp_path):
