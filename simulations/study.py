@@ -45,6 +45,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fedtune.config import Config, load
 from fedtune.errors import FedtuneError
@@ -267,6 +268,8 @@ def draw(plot: Plot, arms: list[Arm], rows: list[Row], path: Path) -> None:
     axes.set(xlabel=LABELS[plot.x], ylabel=label)
     highest = max(height for line in axes.lines for height in line.get_ydata())
     axes.set_ylim(*((0, None) if plot.below else (0, min(base * 1.05, highest * 1.15))))
+    if plot.x == "round":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if plot.log:
         axes.set_xscale("log")
     axes.set_title(f"base model: {base:.2f}", fontsize=10, loc="left")
