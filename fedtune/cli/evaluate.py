@@ -48,13 +48,16 @@ def evaluate(
 
 
 def _check_fit(config: "Config", path: str, adapter: Path) -> None:
-    """Raises ModelError for a PEFT adapter of another model, before one is loaded."""
+    """Raises ModelError for a PEFT adapter or a FedKSeed run of another model, before one is loaded."""
     from fedtune.base import open_base
-    from fedtune.cli.export import base_of, is_change, is_seeds
+    from fedtune.cli.export import base_of, check_seeds, is_change, is_seeds
     from fedtune.compressed import plain
     from fedtune.locate import locate_model
     from fedtune.lora import key_a, key_b, layers_of, load_peft
 
+    if is_seeds(adapter):
+        folder = locate_model(config.model.name, config.model.revision)
+        check_seeds(adapter, f"--adapter {path}", config.model.name, folder, "--set model.name=BASE")
     if is_seeds(adapter) or is_change(adapter):
         return
     with plain(adapter) as opened:

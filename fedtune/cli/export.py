@@ -218,7 +218,7 @@ def _rebuild(result: Path, target: Path, base: str, dtype: str, merge: bool) -> 
 
     name = base or made_on(result)[0]
     folder = resolve_model(name)
-    check_seeds(result, str(result), name, folder, "--base BASE")
+    check_seeds(result, str(result), name, folder, "Name that one with --base")
     model, tokenizer = load_model(folder, dtype, choose_device("cpu"))
     held = rebuilt(model, result)
     if isinstance(held, SeedAdapter) and not merge:

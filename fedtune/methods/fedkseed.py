@@ -19,16 +19,18 @@ FedKSeed-Pro (`pro`) draws seeds by how large their scalars have been on average
 """
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError, safe_open
 
 from fedtune.agreement import Total, folded, judged
 from fedtune.directions import Pool
-from fedtune.errors import ProtocolError, problem
+from fedtune.errors import ConfigError, ModelError, ProtocolError, problem
 from fedtune.kspace import (
     LIMIT,
     UNIT,
@@ -50,6 +52,7 @@ from fedtune.zo import REFUSED
 
 FILE = "fedkseed.safetensors"
 _TOTAL, _SIZES, _COUNTS, _LAYERS = (PRIVATE + name for name in ("total", "sizes", "counts", "layers"))
+_BASE = PRIVATE + "base"  # the base's digest, as text
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
@@ -127,6 +130,7 @@ class FedKSeed(Method):
     def init(self, base: BaseModel, seed: int) -> Tensors:
         """Starts at the base: no scalar yet."""
         Pool(self.pool, seed, self.seeds)  # raises ConfigError for a size that the pool does not have
+        self._check_density(base)
         zeros = np.zeros(self.seeds, np.int64)
         layers = find_layers(base.weights, self.target_modules, base.transposed) if self.train == "lora" else ()
         names = "\n".join(layer.name for layer in layers)
@@ -135,7 +139,7 @@ class FedKSeed(Method):
             "model": np.zeros(32, np.uint8),
             **self._public(zeros, zeros),
         }
-        state[_LAYERS] = np.frombuffer(names.encode(), np.uint8)
+        state[_LAYERS], state[_BASE] = (np.frombuffer(text.encode(), np.uint8) for text in (names, base.digest))
         return {**state, _TOTAL: zeros, **({_SIZES: zeros, _COUNTS: zeros} if self.pro else {})}
 
     def admit(self, member: Member) -> Member:
@@ -143,7 +147,9 @@ class FedKSeed(Method):
         alpha = self.alpha or 2.0 * self.rank
         if self.train == "lora" and (member.rank not in (0, self.rank) or member.alpha not in (0.0, alpha)):
             got = f"rank {member.rank}, alpha {member.alpha}"
-            raise ProtocolError(problem(f"adapter of {member.id}", f"rank {self.rank}, alpha {alpha}", got))
+            remedy = "Leave client.rank and client.alpha, or simulation.ranks and simulation.alphas, out of the "
+            remedy += "configuration: --set simulation.ranks=[]"
+            raise ProtocolError(problem(f"adapter of {member.id}", f"rank {self.rank}, alpha {alpha}", got, remedy))
         return member
 
     def broadcast(self, state: Tensors, since: int) -> Tensors:
@@ -166,7 +172,7 @@ class FedKSeed(Method):
         if not (used := verdict.used):
             return state
         scalars = accumulated(state[_TOTAL], used.mean())
-        after = {name: state[name] for name in ("pool", _LAYERS)}
+        after = {name: state[name] for name in ("pool", _LAYERS, _BASE) if name in state}
         after |= {"model": np.frombuffer(verdict.model, np.uint8), _TOTAL: scalars}
         now = np.zeros(self.seeds, np.int64)
         if self.pro:
@@ -216,7 +222,16 @@ class FedKSeed(Method):
         kept = {n: state[n] for n in ("pool", "coefficients", "exponent")}
         part = self._part(state[_LAYERS].tobytes().decode().split("\n"), state)
         about = {"base": base_model, "pool": self.pool, "seeds": str(self.seeds), **part.to_text()}
+        if _BASE in state:  # not in a state that an older version began
+            about["base_digest"] = state[_BASE].tobytes().decode()
         save_weights(folder / FILE, kept, about)
+
+    def _check_density(self, base: BaseModel) -> None:
+        """Raises ConfigError when no tensor of the base is so large that one of its weights would be tuned."""
+        largest = max((prod(spec.shape) for spec in base.weights.specs if "float" in spec.dtype), default=0)
+        if self.train == "sparse" and int(self.density * largest) == 0:
+            want = f"at least 1 weight of the largest tensor, which has {largest}"
+            raise ConfigError(problem("method.density", want, self.density, "Raise it, or use method.train = all"))
 
     def _pool(self, known: Tensors) -> Pool:
         return Pool(self.pool, int(known["pool"][0]), self.seeds)
@@ -235,3 +250,17 @@ class FedKSeed(Method):
         bits, exponent = packed(scalars.astype(np.float64) * (-self.learning_rate * UNIT))
         public: dict[str, Array] = {"coefficients": bits, "exponent": np.array([exponent], np.int32)}
         return {**public, "levels": now.astype(np.uint8)} if self.pro else public
+
+
+def made_on(folder: Path) -> tuple[str, str]:
+    """Returns the name and the digest of the base that an exported run was made on; empty where it does not say.
+
+    Raises:
+        ModelError: there is no such result.
+    """
+    try:
+        with safe_open(folder / FILE, framework="numpy") as file:
+            about = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(problem(str(folder / FILE), "the coefficients of a FedKSeed run", error)) from error
+    return about.get("base", ""), about.get("base_digest", "")

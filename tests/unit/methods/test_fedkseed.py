@@ -319,8 +319,15 @@ def test_clients_with_an_adapter_of_their_own_are_refused():
     method = FedKSeed(train="lora", rank=4)
     assert method.admit(Member("a", 4, 8.0)) == Member("a", 4, 8.0)
     for member in (Member("a", 2), Member("a", 0, 3.0)):
-        with pytest.raises(ProtocolError, match="rank 4"):
+        with pytest.raises(ProtocolError, match=r"rank 4.*--set simulation\.ranks=\[\]"):
             method.admit(member)
+
+
+def test_a_density_that_tunes_nothing_is_refused(base):
+    with pytest.raises(ConfigError, match=r"method\.density: expected at least 1 weight .* got 1e-09\. Raise it"):
+        FedKSeed(**SMALL, train="sparse", density=1e-9).init(base, 1)
+    largest = max(int(np.prod(spec.shape)) for spec in base.weights.specs)
+    FedKSeed(**SMALL, train="sparse", density=1.01 / largest).init(base, 1)
 
 
 def test_the_largest_sums_at_the_largest_learning_rate_are_sent(base):
