@@ -69,11 +69,11 @@ def fit_adapter(
         TrainingError: a loss is not finite, no factor changed, or one grew out of bounds.
     """
     with injected(bench.scorer.model, spec, factors, frozen) as adapter:
-        before, own_before = adapter.factors(), _own(bench, "_before")
+        before, own_before = adapter.factors(), measured(bench, "_before")
         penalty = partial(adapter.penalty, tail) if tail else None
         batches, outer = bench.plan().batches(seed), [w for name, w in adapter.weights.items() if name.endswith("/B")]
         metrics = train(bench.scorer, adapter.trained(), batches, bench.config, seed, bench.on_step, penalty, outer)
-        metrics |= own_before | _own(bench)
+        metrics |= own_before | measured(bench)
         after = adapter.factors()
     _check(before, after)
     return after, metrics
@@ -90,16 +90,19 @@ def fit_weights(bench: Bench, base: ShiftedBase, seed: int) -> tuple[dict[str, A
         TrainingError: a loss is not finite, no weight moved, or one moved out of bounds.
     """
     with base.moving() as weights:
-        start, own_before = {name: weight.detach().clone() for name, weight in weights.items()}, _own(bench, "_before")
+        start, own_before = (
+            {name: weight.detach().clone() for name, weight in weights.items()},
+            measured(bench, "_before"),
+        )
         metrics = train(bench.scorer, weights.values(), bench.plan().batches(seed), bench.config, seed, bench.on_step)
-        metrics |= own_before | _own(bench)
+        metrics |= own_before | measured(bench)
         by = moved(weights, start, base.change)
     _check({name: np.zeros_like(array) for name, array in by.items()}, by)
     return by, metrics
 
 
-def _own(bench: Bench, when: str = "") -> dict[str, float]:
-    """Figures on the client's own rows, if it has some for that."""
+def measured(bench: Bench, when: str = "") -> dict[str, float]:
+    """Returns figures of the model as it is on the client's own rows (`own_loss` and the like), if it has some."""
     found = bench.measure() if bench.measure else {}
     return {f"own_{name}{when}": found[name] for name in ("loss", "accuracy") if name in found}
 

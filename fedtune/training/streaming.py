@@ -8,7 +8,7 @@ only where there are weights do they part:
     x = [x+ ; x-]        y+ = x+ (W + eps Z)'        y- = x- (W - eps Z)'        y = [y+ ; y-]
 
 While this lasts, the model's own parameters are empty, so a module that reads weights other than its own fails; and
-not every module keeps its batch in front. `Streamed.probe` finds out what an architecture allows.
+not every module keeps its batch in front. `fedtune.training.zo.how` finds out what an architecture allows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -20,7 +20,7 @@ from fedtune.kspace import LIMIT, unpacked
 from fedtune.method import Part, ZeroOrder
 from fedtune.methods.fedkseed import FILE
 from fedtune.tensors import Array
-from fedtune.training.adapt import Bench
+from fedtune.training.adapt import Bench, measured
 from fedtune.training.encoding import Encoded
 from fedtune.training.frugal import FrugalModel
 from fedtune.training.loop import autocast
@@ -59,8 +59,8 @@ def fit_seeds(
     """Trains weights along `seeds`; they are left as they were before.
 
     Returns:
-        The scalar of each direction, float32, NaN where skipped; and the metrics of `fedtune.training.loop.train`,
-        with `skipped`.
+        The scalar of each direction, float32, NaN where skipped; and the metrics of
+        `fedtune.training.adapt.fit_adapter`, with `skipped`.
 
     Raises:
         TrainingError: every step was skipped.
@@ -71,8 +71,10 @@ def fit_seeds(
         looks = how(bench.scorer, lines)
         if looks == "together" and max(part.ids.size for batch in batches for part in batch) > TOGETHER:
             looks = "apart"
+        own = _measured(bench, lines, looks, "_before")
         with walking(bench.scorer.model, lines, looks, _losses(bench, batches)) as walk:
             done = train(walk, seeds, plan, bench.on_step)
+        own |= _measured(bench, lines, looks)
     if done.skipped == len(seeds):
         want = f"one at least with finite losses, within loss_clip, and a slope below {LIMIT:.0f}"
         remedy = "Lower method.learning_rate, or raise method.loss_clip"
@@ -89,7 +91,7 @@ def fit_seeds(
         "tokens": float(tokens),
         "answer_tokens": float(learned),
         "seconds": time.monotonic() - start,
-    }
+    } | own
 
 
 @contextmanager
@@ -159,6 +161,20 @@ def rebuilt(model: PreTrainedModel, folder: Path) -> Seeded:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
         raise ModelError(problem(str(folder / FILE), "the coefficients of a FedKSeed run", error)) from error
     return held
+
+
+def _measured(bench: Bench, lines: Lines, looks: Looks, when: str = "") -> dict[str, float]:
+    """Measures the weights where they are on their way, one look at a time."""
+    found: dict[str, float] = {}
+
+    def compute(_: int, copies: int) -> list[float]:
+        found.update(measured(bench, when))
+        return [0.0] * copies
+
+    if bench.measure:
+        with walking(bench.scorer.model, lines, looks, compute) as walk:
+            walk.losses(0, (0.0,), 0)
+    return found
 
 
 def _losses(bench: Bench, batches: Sequence[Sequence[Batch]]) -> Losses:
