@@ -65,12 +65,15 @@ def _print_rounds(record: "RunRecord", folder: Path) -> None:
 
     evaluations = _evaluations(folder)
     table = Table("round", "clients", "train loss", "held-out loss", "up", "down", "time", "digest", title=str(folder))
+    some_skipped = any(closed.skipped for closed in record.rounds)
+    if some_skipped:
+        table.add_column("skipped")
     for closed in record.rounds:
         figures = evaluations.get(closed.digest) if evaluations else None
         table.add_row(
             str(closed.round), str(len(closed.weights)), figure(closed.train_loss),
             figure(figures["loss"] if figures else None), size(closed.bytes_up), size(closed.bytes_down),
-            duration(closed.seconds), closed.digest[:12],
+            duration(closed.seconds), closed.digest[:12], *([str(closed.skipped)] if some_skipped else []),
         )  # fmt: skip
     out.print(table)
 

@@ -28,6 +28,7 @@ class ClientView:
     loss: float | None = None
     step: int = 0
     steps: int = 0
+    skipped: int = 0
 
 
 @dataclass
@@ -123,8 +124,9 @@ class RunView:
             case "task_pushed":
                 self.clients.setdefault(client, ClientView()).state = "training"
             case "update_accepted":
-                loss = event.get("metrics", {}).get("loss")
-                self.clients[client] = ClientView("done", loss)
+                metrics = event.get("metrics", {})
+                loss = metrics.get("loss")
+                self.clients[client] = ClientView("done", loss, skipped=int(metrics.get("skipped", 0)))
                 return f"{client}: update of {size(event.get('bytes', 0))}, loss {figure(loss)}"
             case "update_refused":
                 return f"{client}: update refused: {event.get('reason')}"
@@ -147,7 +149,9 @@ class RunView:
         if losses:
             self.train_loss[number] = sum(losses) / len(losses)
         noted = "".join(f"; {note.replace('_', ' ')}: {', '.join(c)}" for note, c in event.get("notes", {}).items())
-        return f"round {number}/{self.rounds}: closed after {duration(event.get('seconds', 0))}{noted}"
+        skipped = sum(c.skipped for c in self.clients.values() if c.state == "done")
+        left = f"; {skipped} steps skipped" if skipped else ""
+        return f"round {number}/{self.rounds}: closed after {duration(event.get('seconds', 0))}{left}{noted}"
 
     def _head(self) -> RenderableType:
         done = sum(c.state == "done" for c in self.clients.values()) if self.round > self.closed else 0

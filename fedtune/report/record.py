@@ -27,6 +27,11 @@ class RoundRecord:
     notes: dict[str, list[str]] = field(default_factory=dict)
 
     @property
+    def skipped(self) -> int:
+        """Steps (directions) that the round's clients skipped; 0 where the method skips none."""
+        return int(sum(m.get("skipped", 0.0) for m in self.metrics.values()))
+
+    @property
     def train_loss(self) -> float | None:
         """Mean training loss of the round's clients, weighted as their updates were; None when none reported it."""
         losses = {c: m["loss"] for c, m in self.metrics.items() if "loss" in m and self.weights.get(c, 0) > 0}

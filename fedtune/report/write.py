@@ -69,5 +69,6 @@ def _round(closed: RoundRecord, figures: dict[str, dict[str, float]]) -> JsonObj
         "client_loss": {client: m["loss"] for client, m in sorted(closed.metrics.items()) if "loss" in m},
         "held_out": figures.get(closed.digest),
         "own": own_figures(closed.metrics),
+        "skipped": closed.skipped,
         "notes": closed.notes,
     }

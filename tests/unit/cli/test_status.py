@@ -28,6 +28,19 @@ def test_json_is_the_report(fedtune, run_folder):
     }
 
 
+def test_steps_left_out_are_in_the_report_and_shown(fedtune, run_folder):
+    assert "skipped" not in fedtune("status", run_folder).out
+    path = run_folder / "rounds" / "0002" / "round.json"
+    raw = json.loads(path.read_text())
+    raw["metrics"]["ann"]["skipped"], raw["metrics"]["bob"]["skipped"] = 70.0, 7.0
+    path.write_text(json.dumps(raw))
+    report = json.loads(fedtune("status", run_folder, "--json").out)
+    assert [r["skipped"] for r in report["rounds"]] == [0, 77]
+    shown = fedtune("status", run_folder).out
+    assert "skipped" in shown
+    assert " 77 " in shown
+
+
 def test_an_empty_folder_is_no_run(fedtune, tmp_path):
     ended = fedtune("status", tmp_path)
     assert ended.code == 8

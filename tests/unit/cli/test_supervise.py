@@ -205,6 +205,18 @@ def test_the_moving_table_draws_every_state():
         assert part in text, part
 
 
+def test_skipped_steps_are_told_of_when_a_round_closes():
+    console = Console(record=True, width=120)
+    view = RunView(2, console, plain=True)
+    for number, skipped in ((1, 3.0), (2, 0.0)):
+        for client in "ab":
+            metrics = {"loss": 1.0, "skipped": skipped}
+            view.tell({"event": "update_accepted", "client": client, "bytes": 8, "metrics": metrics})
+        view.tell({"event": "round_closed", "round": number, "seconds": 2.0})
+    closed = [line for line in console.export_text().splitlines() if "closed" in line]
+    assert closed == ["round 1/2: closed after 2.0 s; 6 steps skipped", "round 2/2: closed after 2.0 s"]
+
+
 def test_a_plain_view_says_now_and_then_how_far_clients_are():
     console = Console(record=True, width=200)
     views = RunView(3, console, plain=True), RunView(3, console, plain=True, every_s=0.0)
