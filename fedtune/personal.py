@@ -25,6 +25,10 @@ KEPT = "personal/"
 """Prefix of personal factors in a client's memory."""
 MEMORY = "memory.safetensors"
 """The file in a client's folder that holds its memory."""
+_NOT_PERSONAL = (
+    "This run's method keeps nothing personal, or the folder is not RUN/clients/ID: export without --own. "
+    "fedsa-lora and fedavg-lora with method.personal keep some"
+)
 
 
 def is_personal(factor: str, patterns: Sequence[str]) -> bool:
@@ -99,13 +103,14 @@ def own_adapter(adapter: Path, memory: Path, folder: Path) -> None:
         ModelError: a file is missing or damaged, or nothing in the memory is personal.
     """
     try:
+        kept = load_file(memory) if memory.exists() else {}
+        own = {name.removeprefix(KEPT): array for name, array in kept.items() if name.startswith(KEPT)}
+        if not own:
+            raise ModelError(problem(str(memory), "personal factors", "none", _NOT_PERSONAL))
         config = json.loads((adapter / "adapter_config.json").read_text())
-        stored, kept = load_file(adapter / "adapter_model.safetensors"), load_file(memory)
+        stored = load_file(adapter / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(problem(f"{adapter} and {memory}", "a run's adapter and a client's memory", error)) from error
-    own = {name.removeprefix(KEPT): array for name, array in kept.items() if name.startswith(KEPT)}
-    if not own:
-        raise ModelError(problem(str(memory), "personal factors", "none", "See method.personal"))
     factors = {**{factor_name(name): array for name, array in stored.items()}, **own}
     rank, alpha, rslora = int(config["r"]), float(config["lora_alpha"]), bool(config["use_rslora"])
     base = str(config["base_model_name_or_path"] or "")

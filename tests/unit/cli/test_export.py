@@ -63,6 +63,14 @@ def test_nothing_to_export(fedtune, tmp_path):
     assert fedtune("export", tmp_path / "none", tmp_path / "out").code == 4
 
 
+@pytest.mark.parametrize("client", ["runs/team/clients/ann", "nowhere"])
+def test_nothing_personal_to_put_in(fedtune, run_folder, tmp_path, client):
+    ended = fedtune("export", run_folder, tmp_path / "out", "--own", tmp_path / client)
+    assert ended.code == 4
+    assert "keeps nothing personal" in ended.err
+    assert "without --own" in " ".join(ended.err.split())
+
+
 def test_a_full_target_is_not_touched(fedtune, run_folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("")
