@@ -3,6 +3,7 @@
 import json
 import os
 import zlib
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -286,14 +287,16 @@ def test_a_compressed_adapter_is_compressed_again_and_a_compressed_model_is_not(
         compress(tmp_path / "model", tmp_path / "again", KEEP_ALL, base=tmp_path / "base")
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """Files of this process may have 4,000 bytes, as if the disk were full."""
+    """Files of this process may have 4,000 bytes, as if the disk were full; pytest's own output, too."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
@@ -305,12 +308,12 @@ def large(tmp_path):
     return tmp_path
 
 
-def test_a_full_disk_is_told_in_words_and_leaves_nothing(large, small_files):
+def test_a_full_disk_is_told_in_words_and_leaves_nothing(large):
     before = sorted(large.iterdir())
-    with pytest.raises(StorageError, match=r"/cc: .*too large.*Make room"):
+    with small_files(), pytest.raises(StorageError, match=r"/cc: .*too large.*Make room"):
         compress(large / "a", large / "cc", KEEP_ALL)
-    with pytest.raises(StorageError, match=r"/dd: .*too large.*Make room"):
+    with small_files(), pytest.raises(StorageError, match=r"/dd: .*too large.*Make room"):
         decompress(large / "small", large / "dd")
-    with pytest.raises(StorageError, match="/mm: "):
+    with small_files(), pytest.raises(StorageError, match="/mm: "):
         save_merged(large / "a", large / "mm", load_weights(large / "a"))
     assert sorted(large.iterdir()) == before
