@@ -9,10 +9,10 @@ import typer
 
 from fedtune.cli.console import out
 from fedtune.errors import ConfigError, ModelError, problem
-from fedtune.tensors import Array, Manifest, check
 
 if TYPE_CHECKING:
     from fedtune.merging import Merge
+    from fedtune.tensors import Array, Tensors
 
 
 def merge(
@@ -62,22 +62,28 @@ def merge(
         _check_same(configs)
         changes = [compressed.difference(folder, own, None) for folder, own in zip(found, loaded, strict=True)]
         merged = merge_changes(changes, how)
-        check(merged, Manifest.of(merged), f"{to}: weights too large")
+        _check_finite(merged, f"{to}: weights too large")
         compressed.save_merged(found[0], to, merged)
     out.print(f"Wrote {to} from {len(adapters)} adapters ({method})", markup=False, soft_wrap=True)
 
 
-def _load(folder: Path, how: "Merge") -> dict[str, Array]:
+def _load(folder: Path, how: "Merge") -> "dict[str, Array]":
     """Reads an adapter's weights; raises FedtuneError, naming folder and tensor, when they are not fit to be merged."""
     from fedtune.compressed import load_weights
     from fedtune.lora import check_ranks
     from fedtune.merging import check_changes
 
     weights = load_weights(folder)
-    check(weights, Manifest.of(weights), str(folder))
+    _check_finite(weights, str(folder))
     check_ranks(weights, str(folder))
     check_changes(weights, how)
     return weights
+
+
+def _check_finite(weights: "Tensors", what: str) -> None:
+    from fedtune.tensors import Manifest, check
+
+    check(weights, Manifest.of(weights), what)
 
 
 def _stack(folders: list[Path], base: str, to: Path, how: "Merge") -> None:
@@ -88,7 +94,7 @@ def _stack(folders: list[Path], base: str, to: Path, how: "Merge") -> None:
 
     with ExitStack() as opened:
         factors = stack([load_peft(opened.enter_context(plain(folder))) for folder in folders], how)
-    check(factors, Manifest.of(factors), f"{to}: weights too large")
+    _check_finite(factors, f"{to}: weights too large")
     with whole_folder(to) as draft:
         save_product(draft, factors, base)
 
