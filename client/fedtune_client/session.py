@@ -214,8 +214,11 @@ class Session:
 
     def _with_own_model(self, shared: Shared) -> Shared:
         """Puts this machine's copy of the model, if its own `model.name` is a folder, in place of the shared name."""
-        own = Path(self._config.model.name).expanduser()
+        name, own = self._config.model.name, Path(self._config.model.name).expanduser()
         if not (own / "config.json").is_file():
+            if name.startswith(("/", "./", "../", "~")) and name != shared.model.name:
+                remedy = f"Correct it in this client's file, or leave it out: the run's model is {shared.model.name}"
+                raise ModelError(problem("model.name", "a folder with config.json, as it is a path", name, remedy))
             return shared
         return replace(shared, model=replace(shared.model, name=str(own), revision=""))
 

@@ -120,6 +120,12 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
 def _csv_rows(file: Path) -> Iterator[tuple[int, Row]]:
     reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
     try:
+        names = reader.fieldnames or []
+        if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), "")):
+            remedy = "Save it with commas, or as JSONL"
+            raise DataError(
+                problem(f"{file}, line 1", "commas between columns", f"{names[0]!r}, with {other!r}", remedy)
+            )
         for number, row in enumerate(reader, 1):
             if None in row or None in row.values():
                 got = "more fields" if None in row else "fewer fields"

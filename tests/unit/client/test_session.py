@@ -114,6 +114,15 @@ def test_a_client_may_keep_its_copy_of_the_model_in_another_folder(config, coord
     assert coordinator.readies[0].settings_digest == coordinator.shared.digest()
 
 
+def test_a_copy_that_is_not_there_is_named(config, coordinator, toy, tmp_path, capsys):
+    mine = replace(at(config, coordinator), model=replace(config.model, name=str(tmp_path / "mistyped")))
+    assert run(mine, open_worker=toy().open) == 4
+    assert coordinator.readies == []
+    said = capsys.readouterr().err
+    assert f"got {str(tmp_path / 'mistyped')!r}" in said or f"got {tmp_path / 'mistyped'}" in said
+    assert f"the run's model is {config.model.name}" in said
+
+
 def test_a_copy_with_other_weights_is_refused(config, coordinator, tmp_path, capsys):
     other = toy_base(tmp_path / "other", seed=1)
     mine = replace(at(config, coordinator), model=replace(config.model, name=str(other)))

@@ -115,9 +115,11 @@ def test_damaged_files(tmp_path):
         "g.csv": b"q,a\n1\n",
         "h.txt": b"hello",
         "i.csv": b'q,a\n"1,2\n',
+        "j.csv": b"q;a\n1;2\n",
+        "k.csv": b"q\ta\n1\t2\n",
     }
     says = {"a": "row 2", "b": "JSON object", "c": "at least one row", "d": "UTF-8", "e": "Parquet", "f": "more"}
-    says |= {"g": "fewer", "h": ".jsonl", "i": "CSV"}
+    says |= {"g": "fewer", "h": ".jsonl", "i": "CSV", "j": "Save it with commas", "k": "Save it with commas"}
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
         said = _says(_config(tmp_path / name))
