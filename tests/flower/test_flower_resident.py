@@ -27,7 +27,7 @@ def open_worker(config, shared, index, on_step):
             os.kill(os.getpid(), signal.SIGKILL)
         if config.data.label == "raise":
             raise ValueError("told to fail")
-        for step in range(1000 if config.data.label == "slow" else 0):
+        for step in range(100 if config.data.label == "slow" else 0):
             on_step(step, 100, 1.0)
             time.sleep(0.05)
 
@@ -171,7 +171,7 @@ visit.ask({world.name!r}, json.loads({__import__("json").dumps(world.header("fed
     messenger.wait()
     began = time.monotonic()
     world.ask(world.hello)
-    assert time.monotonic() - began < 25  # fifty seconds of training were not waited for
+    assert time.monotonic() - began < 2.0  # five seconds of training were not waited for
     assert len(world.workers()) == 1
     world.bye()
 

@@ -36,7 +36,7 @@ def test_round_closes_at_quorum_when_a_client_dies(start, connect, tools, toy_fo
     dying.leave()
     started = time.monotonic()
     served.join()
-    assert time.monotonic() - started < 40  # and not the deadline
+    assert time.monotonic() - started < 5
     for client in clients:
         client.join()
     assert report(served)["clients"] == ["a", "b"]
@@ -51,7 +51,7 @@ def test_round_closes_when_grace_has_passed(start, connect, tools, toy_folder):
     assert lazy.hear().finished.outcome == pb.OUTCOME_COMPLETED
     client.join()
     served.join()
-    assert 0.4 <= time.monotonic() - started < 40
+    assert 0.4 <= time.monotonic() - started < 10
     assert report(served)["clients"] == ["a"]
 
 
@@ -198,7 +198,7 @@ def test_signal_drains_and_the_run_goes_on_later(spawn, connect, tools, toy_fold
     started = time.monotonic()
     process.process.send_signal(number)
     assert process.wait() == 0
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 10
     with pytest.raises(grpc.RpcError) as caught:
         waiting.hear()
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE

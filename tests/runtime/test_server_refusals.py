@@ -249,7 +249,7 @@ def test_slow_drip_is_dropped_and_others_are_served(start, connect, tools, toy_f
 
     started = time.monotonic()
     refused(lambda: calls.submit(drip(60)), CODE.DEADLINE_EXCEEDED)  # one frame never comes
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 3
     good.join()
     served.join()
 
@@ -272,7 +272,7 @@ def test_drip_of_tiny_frames_meets_the_total_deadline(start, connect, tools):
 
     started = time.monotonic()
     refused(lambda: calls.submit(drip()), CODE.DEADLINE_EXCEEDED)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 3
 
 
 def test_duplicates_get_the_same_answer_and_others_are_refused(start, connect, tools, toy_folder):
