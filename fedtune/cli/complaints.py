@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from fedtune.report.events import Tail
+
 _ERROR = re.compile(r"(?:(\S+): )?(?:error: |(?=unexpected error: ))(.+)")
 _SHOWN = 4
 
@@ -12,20 +14,11 @@ class Complaints:
     """Reads the errors that are added to a log, from its end on as it is now; it need not exist yet."""
 
     def __init__(self, log: Path) -> None:
-        self._log = log
-        self._offset = log.stat().st_size if log.exists() else 0
+        self._tail = Tail(log, from_end=True)
 
     def read(self) -> list[str]:
-        """Returns the new ones, `client: what`; a line that is half written is left for later."""
-        try:
-            with self._log.open("rb") as stream:
-                stream.seek(self._offset)
-                data = stream.read()
-        except OSError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return errors(whole.decode(errors="replace").splitlines())
+        """Returns the new ones, `client: what`."""
+        return errors(line.decode(errors="replace") for line in self._tail.lines())
 
 
 def errors(lines: Iterable[str]) -> list[str]:

@@ -8,7 +8,7 @@ Event: TypeAlias = dict[str, Any]
 
 
 class Tail:
-    """Reads what was added to a file of events since the last look."""
+    """Reads what was added to a file of lines since the last look."""
 
     def __init__(self, path: Path, from_end: bool = False) -> None:
         """Starts at the beginning of `path`, or at its end; the file need not exist yet."""
@@ -17,6 +17,10 @@ class Tail:
 
     def read(self) -> list[Event]:
         """Returns the new events; lines that are not JSON objects are passed over."""
+        return [event for line in self.lines() if (event := _parse(line))]
+
+    def lines(self) -> list[bytes]:
+        """Returns the new lines; one that is half written is left for later."""
         try:
             with self._path.open("rb") as stream:
                 stream.seek(self._offset)
@@ -25,7 +29,7 @@ class Tail:
             return []
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return [event for line in whole.splitlines() if (event := _parse(line))]
+        return whole.splitlines()
 
 
 def read_events(path: Path) -> list[Event]:
